@@ -1,0 +1,138 @@
+"""From a folder or a name to a model, one tensor at a time: there is never a second copy of the weights in memory."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from neox.reference.checkpoint.hub import find
+from neox.reference.checkpoint.huggingface import open_checkpoint
+from neox.reference.checkpoint.safetensors_file import Stored, mapped, numpy_dtype
+from neox.reference.checkpoint.tensors import TensorSpec, build_params
+from neox.reference.config import Config, read_config
+from neox.reference.errors import InputError
+from neox.reference.model import Array, Model
+from neox.reference.project import widen
+
+DTYPES = ("float32", "float64")
+WEIGHTS = ("auto", "upcast", "stored")
+
+
+# How.
+
+
+def _one_of(name: str, value: object, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise InputError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+    return str(value)
+
+
+def _compute_dtype(dtype: str | np.dtype | type[np.floating]) -> np.dtype:
+    name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    return np.dtype(_one_of("dtype", name, DTYPES))
+
+
+def _overridden(config: Config, overrides: Mapping[str, Any]) -> Config:
+    known = [field.name for field in fields(Config)]
+    unknown = [name for name in overrides if name not in known]
+    if unknown:
+        raise InputError(f"a config has no {', '.join(unknown)}; it has {', '.join(known)}")
+    return replace(config, **overrides)
+
+
+def available_memory() -> int:
+    """Bytes that can be used without swapping; on systems that do not say, the size of the memory."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _choose(tensors: Mapping[str, Stored], compute: np.dtype) -> str:
+    """Convert if the result takes half of the available memory at most; says on stderr what was chosen and why."""
+    converted = [stored for stored in tensors.values() if numpy_dtype(stored) != compute]
+    if not converted:
+        return "stored"
+    needed, available = sum(stored.size for stored in converted) * compute.itemsize, available_memory()
+    kept = "/".join(sorted({numpy_dtype(stored).name for stored in converted}))
+    size = f"{needed / 1e9:.3g} GB as {compute}, {available / 1e9:.3g} GB of memory available"
+    if needed <= available / 2:
+        print(f"weights: upcast, converted from {kept} once ({size})", file=sys.stderr)
+        return "upcast"
+    print(f"weights: stored, kept in {kept} on disk and converted as used ({size})", file=sys.stderr)
+    return "stored"
+
+
+# One tensor.
+
+
+def is_finite(array: Array) -> bool:
+    """Whether there is no infinity and no NaN, by two reductions over the bits and no temporary array.
+
+    Without their sign, the bits of floating-point numbers are ordered as the numbers are; infinity and then NaN come
+    last. As signed integers the largest is thus the last of the positive ones, as unsigned of the negative ones.
+    """
+    unsigned = np.dtype(f"u{array.itemsize}")
+    signed = np.dtype(f"i{array.itemsize}")
+    infinities = np.array([np.inf, -np.inf], array.dtype)
+    positive, negative = infinities.view(signed)[0], infinities.view(unsigned)[1]
+    return bool(array.view(signed).max() < positive and array.view(unsigned).max() < negative)
+
+
+def _convert(array: Array, compute: np.dtype) -> Array:
+    converted = np.empty(array.shape, compute)
+    widen(array, out=converted)
+    return converted
+
+
+def _reader(tensors: Mapping[str, Stored], compute: np.dtype, upcast: bool) -> Callable[[TensorSpec], Array]:
+    def read(spec: TensorSpec) -> Array:
+        array = mapped(tensors[spec.name])
+        if not is_finite(array):
+            raise InputError(f"{tensors[spec.name].path}: {spec.name} holds values that are not finite")
+        if array.dtype != compute and (upcast or array.ndim == 1):  # vectors are small, and nothing widens them later
+            return _convert(array, compute)
+        # Some writers align nothing, and then every product would make a copy of its own.
+        return np.require(array, requirements="A")
+
+    return read
+
+
+def load(
+    path: str | Path,
+    dtype: str | np.dtype | type[np.floating] = "float32",
+    weights: str = "auto",
+    revision: str | None = None,
+    **overrides: Any,
+) -> Model:
+    """A model that computes in dtype, from a folder or a name that checkpoint/hub.py knows.
+
+    weights: "upcast" converts every tensor to dtype once; "stored" leaves matrices on disk, in the dtype they are
+    stored in, and widens them at every use; "auto" converts if that takes half of the available memory at most. What
+    is stored in dtype is mapped and not copied in any case. overrides replace fields of the config, such as
+    hidden_act="gelu_fast". InputError for everything that can be wrong with the files.
+    """
+    compute = _compute_dtype(dtype)
+    _one_of("weights", weights, WEIGHTS)
+    folder = find(path, revision)
+    config, tensors = open_checkpoint(folder, _overridden(read_config(folder), overrides))
+    choice = _choose(tensors, compute) if weights == "auto" else weights
+    read = _reader(tensors, compute, upcast=choice == "upcast")
+    total = sum(stored.size for stored in tensors.values())
+    with tqdm(total=total, desc="loading", unit="weights", unit_scale=True, disable=None, leave=False) as bar:
+
+        def read_and_count(spec: TensorSpec) -> Array:
+            array = read(spec)
+            bar.update(array.size)
+            return array
+
+        return Model(config, build_params(config, read_and_count), compute)

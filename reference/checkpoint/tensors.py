@@ -1,0 +1,106 @@
+"""Every tensor of a model: its name in a Hugging Face checkpoint, its shape, and how tensor parallelism shards it.
+
+This is the only such list. All readers and writers of checkpoints and all of distributed/ go by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from neox.reference.config import Config
+from neox.reference.model import MLP, Array, Attention, Layer, LayerNorm, Linear, Params
+
+Sharding = Literal[
+    "vocabulary",  # (V,C) cut along V
+    "column",  # (O,I) or (O,) cut along the outputs: each rank computes some of them, on whole heads of (q, k, v)
+    "row",  # (O,I) cut along the inputs: each rank computes a part of every sum, and the parts are added up
+    "summed",  # the bias of a row: every rank adds its own before the parts are added up, so the whole is their sum
+    "replicated",  # the same on every rank
+]
+
+EMBED_IN = "gpt_neox.embed_in.weight"
+EMBED_OUT = "embed_out.weight"
+FINAL_LAYER_NORM = "gpt_neox.final_layer_norm"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    name: str
+    shape: tuple[int, ...]
+    sharding: Sharding
+
+    @property
+    def size(self) -> int:
+        """How many numbers it holds."""
+        return self.shape[0] if len(self.shape) == 1 else self.shape[0] * self.shape[1]
+
+
+Get = Callable[[TensorSpec], Array]
+
+
+def _layer_norm(prefix: str, width: int) -> list[TensorSpec]:
+    return [TensorSpec(f"{prefix}.{part}", (width,), "replicated") for part in ("weight", "bias")]
+
+
+def _linear(
+    prefix: str, outputs: int, inputs: int, sharding: Literal["column", "row"], bias: bool = True
+) -> list[TensorSpec]:
+    weight = TensorSpec(f"{prefix}.weight", (outputs, inputs), sharding)
+    added = TensorSpec(f"{prefix}.bias", (outputs,), "summed" if sharding == "row" else "column")
+    return [weight, added] if bias else [weight]
+
+
+def layer_prefix(index: int) -> str:
+    return f"gpt_neox.layers.{index}"
+
+
+def _layer(config: Config, prefix: str) -> list[TensorSpec]:
+    c, f, bias = config.hidden_size, config.intermediate_size, config.attention_bias
+    return [
+        *_layer_norm(f"{prefix}.input_layernorm", c),
+        *_layer_norm(f"{prefix}.post_attention_layernorm", c),
+        *_linear(f"{prefix}.attention.query_key_value", 3 * c, c, "column", bias),
+        *_linear(f"{prefix}.attention.dense", c, c, "row", bias),
+        *_linear(f"{prefix}.mlp.dense_h_to_4h", f, c, "column"),
+        *_linear(f"{prefix}.mlp.dense_4h_to_h", c, f, "row"),
+    ]
+
+
+def tensor_table(config: Config) -> dict[str, TensorSpec]:
+    """By name, in the order of the computation. Without embed_out.weight where it is tied to the embedding."""
+    shape = (config.vocab_size, config.hidden_size)
+    specs = [TensorSpec(EMBED_IN, shape, "vocabulary")]
+    for index in range(config.num_hidden_layers):
+        specs += _layer(config, layer_prefix(index))
+    specs += _layer_norm(FINAL_LAYER_NORM, config.hidden_size)
+    if not config.tie_word_embeddings:
+        specs.append(TensorSpec(EMBED_OUT, shape, "vocabulary"))
+    return {spec.name: spec for spec in specs}
+
+
+def build_params(config: Config, get: Get) -> Params:
+    """The parameters, each tensor of the table asked for once, in its order. A tied head is the embedding itself."""
+    tensors = {name: get(spec) for name, spec in tensor_table(config).items()}
+
+    def layer_norm(prefix: str) -> LayerNorm:
+        return LayerNorm(tensors[f"{prefix}.weight"], tensors[f"{prefix}.bias"])
+
+    def linear(prefix: str) -> Linear:
+        return Linear(tensors[f"{prefix}.weight"], tensors.get(f"{prefix}.bias"))
+
+    def layer(prefix: str) -> Layer:
+        return Layer(
+            layer_norm(f"{prefix}.input_layernorm"),
+            layer_norm(f"{prefix}.post_attention_layernorm"),
+            Attention(linear(f"{prefix}.attention.query_key_value"), linear(f"{prefix}.attention.dense")),
+            MLP(linear(f"{prefix}.mlp.dense_h_to_4h"), linear(f"{prefix}.mlp.dense_4h_to_h")),
+        )
+
+    return Params(
+        embed_in=tensors[EMBED_IN],
+        layers=tuple(layer(layer_prefix(index)) for index in range(config.num_hidden_layers)),
+        final_layer_norm=layer_norm(FINAL_LAYER_NORM),
+        embed_out=tensors.get(EMBED_OUT, tensors[EMBED_IN]),
+    )
