@@ -8,19 +8,18 @@ busy through both.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+import importlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-
-import numpy as np
 
 # The names under which OpenBLAS exports its thread control: in NumPy's wheels, and where a distribution links its own.
 _PREFIXES_AND_SUFFIXES = (("scipy_openblas", "64_"), ("scipy_openblas", ""), ("openblas", "64_"), ("openblas", ""))
 
 
-def _openblas() -> tuple[ctypes._CFuncPtr, ctypes._CFuncPtr] | None:
+def _openblas() -> tuple[Callable[[int], object], Callable[[], int]] | None:
     """OpenBLAS's functions that set and get its number of threads; None where NumPy uses another BLAS."""
     # A symbol looked up in NumPy's extension module is also searched in the libraries it is linked to.
-    library = ctypes.CDLL(np._core._multiarray_umath.__file__)
+    library = ctypes.CDLL(importlib.import_module("numpy._core._multiarray_umath").__file__)
     for prefix, suffix in _PREFIXES_AND_SUFFIXES:
         setter, getter = f"{prefix}_set_num_threads{suffix}", f"{prefix}_get_num_threads{suffix}"
         if hasattr(library, setter) and hasattr(library, getter):

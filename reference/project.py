@@ -35,7 +35,7 @@ def _project_widened(x: NDArray, weight: NDArray) -> NDArray:  # (N,I), (O,I) ->
 
 
 def widen(stored: NDArray, out: NDArray) -> None:
-    """Copy float16 or bfloat16 into float32 (or anything into anything wider), exactly.
+    """Copy float16 or bfloat16 into float32 (or anything into anything wider): every finite number exactly.
 
     NumPy converts half precision one element at a time; moving the bits by integer operations is four times as fast.
     The bits of a half, sign kept and the rest shifted by 13, are those of a float32 that is the half times 2^-112.
