@@ -19,14 +19,14 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from tqdm import tqdm
 
 from neox.reference import shipped
 from neox.reference.checkpoint.hub import find
 from neox.reference.checkpoint.load import load
-from neox.reference.errors import InputError, run
+from neox.reference.errors import InputError, Parser, run
 from neox.reference.generate import CachedDecoder, Completion, Piece, Request, gathered, stream
 from neox.reference.sampling import Sampling, new_seed
 from neox.reference.tokenizer import Tokenizer, load_tokenizer
@@ -34,11 +34,6 @@ from neox.reference.tokenizer import Tokenizer, load_tokenizer
 PROMPT = "Once upon a time"
 
 # Flags.
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message} (see --help)")
 
 
 def parser() -> Parser:

@@ -1,4 +1,4 @@
-"""GPT-NeoX in NumPy. To read it: config.py, model.py (the definition), decode.py (the cache), generate.py (the loop)."""
+"""GPT-NeoX in NumPy. To read: config.py, model.py (the definition), decode.py (the cache), generate.py (the loop)."""
 
 from neox.reference.checkpoint.load import load
 from neox.reference.config import GPT_NEOX_20B, PYTHIA, Config, parameter_count

@@ -1,8 +1,8 @@
 """Keeping the memory of freed arrays for the next ones.
 
-The C library hands the memory of a large block back to the system when it is freed, and the next block of that size is
-then mapped in page by page again, which costs more than the arithmetic that fills it: prompts would take a third longer.
-glibc raises the size from which it does so to that of the largest block, up to 32 MB, that was ever freed.
+The C library hands the memory of a large block back to the system when it is freed, and the next block of that size
+is then mapped in again page by page, which costs more than the arithmetic that fills it: prompts would take a third
+longer. glibc does so from a size on that it raises to that of the largest block, up to 32 MB, that was ever freed.
 """
 
 import numpy as np

@@ -44,6 +44,7 @@ from neox.reference.normal import upper_tail
 from neox.reference.project import project
 
 Array = NDArray
+FLOAT32 = np.dtype(np.float32)
 Tap = Callable[[str, Array], Array]
 
 
@@ -94,7 +95,7 @@ class Params:
 class Model:
     config: Config
     params: Params
-    dtype: np.dtype = np.dtype(np.float32)  # in which everything is computed; matrices may be stored in fewer bits
+    dtype: np.dtype = FLOAT32  # in which everything is computed; matrices may be stored in fewer bits
 
 
 # Watching: each named intermediate passes through a tap, which may look at it, keep a copy, or replace it. The names
@@ -134,30 +135,18 @@ def layer_norm(x: Array, p: LayerNorm, eps: float, tap: Tap = untapped) -> Array
 
 
 def gelu(x: Array) -> Array:
-    """x P(Z < x) for a normal Z, as x - x Q(x) or, for negative x, x Q(-x): nothing cancels. Q is the normal's tail.
+    """x P(Z < x) for a normal Z, as max(x, 0) - |x| Q(|x|), in which nothing cancels; Q is the normal's tail.
 
     Pythia's configs name this one, although Pythia was trained with gelu_fast.
     """
     size = np.abs(x)
-    y = upper_tail(size)
-    y *= size
-    size += x  # x + |x| is exactly 2 max(x, 0)
-    size *= 0.5
-    return np.subtract(size, y, out=y)
+    return (x + size) / 2 - size * upper_tail(size)
 
 
 def gelu_fast(x: Array) -> Array:
     """The tanh approximation of gelu, up to 4.7e-4 away from it: what the 20B was trained and published with."""
-    y = x * x
-    y *= 0.044715
-    y += 1
-    y *= x
-    y *= math.sqrt(2 / math.pi)
-    np.tanh(y, out=y)
-    y += 1
-    y *= x
-    y *= 0.5
-    return y
+    inner = math.sqrt(2 / math.pi) * x * (1 + 0.044715 * x * x)
+    return 0.5 * x * (1 + np.tanh(inner))
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"gelu": gelu, "gelu_fast": gelu_fast}

@@ -1,7 +1,7 @@
 """x W^T, for a matrix that may be stored in fewer bits than x has.
 
-A checkpoint in float16 or bfloat16 can stay as it lies on disk, mapped into memory: each product widens the matrix a few
-rows at a time into one small buffer, so no second copy of the weights ever exists.
+A checkpoint in float16 or bfloat16 can stay as it lies on disk, mapped into memory: each product widens the matrix a
+few rows at a time into one small buffer, so no second copy of the weights ever exists.
 """
 
 from __future__ import annotations
@@ -15,10 +15,7 @@ BLOCK_BYTES = 1 << 20  # of widened rows: stays in the second-level cache betwee
 def project(x: NDArray, weight: NDArray) -> NDArray:  # (...,I), (O,I) -> (...,O)
     """x W^T in the dtype of x."""
     rows = x.reshape(-1, x.shape[-1])  # one product for the whole batch: the matrix is read once
-    if weight.dtype == x.dtype:
-        y = rows @ weight.T
-    else:
-        y = _project_widened(rows, weight)
+    y = rows @ weight.T if weight.dtype == x.dtype else _project_widened(rows, weight)
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 

@@ -190,8 +190,8 @@ ATTENTION = (
 MLP_AND_RESIDUAL = (
     mutant("GELU always by tanh", "parity", "mlp", ("ACTIVATIONS[hidden_act]", 'ACTIVATIONS["gelu_fast"]')),
     mutant("GELU always by erf", "parity", "mlp", ("ACTIVATIONS[hidden_act]", 'ACTIVATIONS["gelu"]')),
-    mutant("ReLU", "parity", "gelu", ("y *= size", "y *= 0")),
-    mutant("quick GELU", "parity", "gelu_fast", ("return y", "return x / (1 + np.exp(-1.702 * x))")),
+    mutant("ReLU", "parity", "gelu", ("size * upper_tail(size)", "0")),
+    mutant("quick GELU", "parity", "gelu_fast", ("0.5 * x * (1 + np.tanh(inner))", "x / (1 + np.exp(-1.702 * x))")),
     mutant("sqrt(2/pi) to four digits", "activations", "gelu_fast", ("math.sqrt(2 / math.pi)", "0.7979")),
     mutant("cubic term 0.0447", "activations", "gelu_fast", ("0.044715", "0.0447")),
     mutant(

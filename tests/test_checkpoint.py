@@ -62,7 +62,7 @@ def write_sharded(folder: Path, config: Config, tensors: Tensors, shards: int = 
         file = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
         part = {name: tensors[name] for name in list(tensors)[shard::shards]}
         save_file(part, folder / file, {"format": "pt"})
-        weight_map |= {name: file for name in part}
+        weight_map |= dict.fromkeys(part, file)
     write_index(folder, weight_map)
     return folder
 
@@ -118,7 +118,8 @@ def refusal(function: Callable[..., object], *args: Any, **kwargs: Any) -> str:
     with pytest.raises(InputError) as caught:
         function(*args, **kwargs)
     message = str(caught.value)
-    assert message and "\n" not in message
+    assert message
+    assert "\n" not in message
     return message
 
 
@@ -192,7 +193,8 @@ def test_random_models_of_one_seed_agree_between_dtypes_and_differ_between_seeds
     single, double = (parameters(random_model(SMALL, 5, dtype)) for dtype in ("float32", "float64"))
     other = parameters(random_model(SMALL, 6))
     for name, array in single.items():
-        assert array.dtype == np.float32 and double[name].dtype == np.float64
+        assert array.dtype == np.float32
+        assert double[name].dtype == np.float64
         np.testing.assert_array_equal(array, double[name])
         assert not np.array_equal(array, other[name])
 
@@ -216,7 +218,7 @@ def test_random_weights_have_their_stated_scale() -> None:
     for kind, (mean, deviation) in expected.items():
         values = np.concatenate([array.ravel() for array in kinds[kind]])
         error = deviation / values.size**0.5  # of the mean, and less of the deviation
-        assert abs(values.mean() - mean) < 5 * error and abs(values.std() - deviation) < 5 * error, kind
+        assert max(abs(values.mean() - mean), abs(values.std() - deviation)) < 5 * error, kind
 
 
 # Loading.
@@ -233,7 +235,8 @@ def test_what_is_loaded_is_what_was_stored(
     else:
         write_sharded(folder, config, tensors, shards)
     upcast = load(folder, dtype, weights="upcast")
-    assert upcast.config == config and upcast.dtype == np.dtype(dtype)
+    assert upcast.config == config
+    assert upcast.dtype == np.dtype(dtype)
     assert all(array.dtype == upcast.dtype for array in parameters(upcast).values())
     assert_holds(upcast, {name: array.astype(dtype) for name, array in tensors.items()})
     kept = load(folder, dtype, weights="stored")
@@ -263,7 +266,7 @@ def test_stored_half_precision_gives_the_logits_of_upcast(tmp_path: Path) -> Non
 def test_nothing_is_copied_when_the_file_has_the_dtype(tmp_path: Path, stored: Any, dtype: Any, weights: str) -> None:
     folder = write_single(tmp_path / "model", SMALL, random_tensors(SMALL, stored))
     for name, array in parameters(load(folder, dtype, weights)).items():
-        assert is_mapped(array) and not array.flags.writeable, name
+        assert (is_mapped(array), array.flags.writeable) == (True, False), name
 
 
 def test_stored_matrices_stay_on_disk(tmp_path: Path) -> None:
@@ -301,12 +304,18 @@ def test_auto_converts_what_takes_half_of_the_available_memory(
     converted = loaded_with_memory(monkeypatch, folder, 2 * needed)
     assert converted.params.embed_in.dtype == np.float32
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1
-    assert "upcast" in err and "float16" in err and f"{needed / 1e9:.3g} GB as float32" in err
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "upcast" in err
+    assert "float16" in err
+    assert f"{needed / 1e9:.3g} GB as float32" in err
     kept = loaded_with_memory(monkeypatch, folder, 2 * needed - 1)
     assert kept.params.embed_in.dtype == np.float16
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and "stored" in err and "float16" in err
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "stored" in err
+    assert "float16" in err
 
 
 def test_nothing_is_said_when_there_is_nothing_to_choose(
@@ -398,7 +407,8 @@ def test_buffers_are_left_out_and_biases_are_not(tmp_path: Path) -> None:
 def test_any_other_tensor_is_unexpected(tmp_path: Path, name: str) -> None:
     tensors = {**random_tensors(SMALL, np.float32), name: np.ones(3, np.float32)}
     message = refusal(load, write_single(tmp_path / "model", SMALL, tensors))
-    assert f"unexpected: {name}" in message and "missing" not in message
+    assert f"unexpected: {name}" in message
+    assert "missing" not in message
 
 
 def test_biases_are_absent_or_refused_without_attention_bias(tmp_path: Path) -> None:
@@ -420,14 +430,17 @@ def test_a_tied_head_may_be_absent_repeated_or_different(tmp_path: Path, capsys:
     same = tensors[EMBED_IN].copy()
     for extra in ({}, {EMBED_OUT: same}, {"lm_head.weight": same}):
         model = load(write_single(tmp_path / "tied", config, {**tensors, **extra}))
-        assert model.config == config and capsys.readouterr() == ("", "")
+        assert model.config == config
+        assert capsys.readouterr() == ("", "")
         assert_holds(model, tensors)
     different = same.copy()
     different[-1, -1] += 1
     model = load(write_single(tmp_path / "untied", config, {**tensors, EMBED_OUT: different}))
     assert model.config == replace(config, tie_word_embeddings=False)
     out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and "embed_out.weight" in err
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "embed_out.weight" in err
     assert_holds(model, {**tensors, EMBED_OUT: different})
 
 
@@ -460,8 +473,11 @@ def test_everything_that_is_wrong_is_listed_at_once(tmp_path: Path) -> None:
     message = refusal(load, folder)
     assert str(folder) in message
     assert f"missing: {FIRST_LAYER}.attention.dense.weight, gpt_neox.final_layer_norm.bias;" in message
-    assert "unexpected: " in message and "adapter.weight" in message and "extra" in message
-    assert f"{qkv} [48, 144] instead of [144, 48]" in message and f"{norm} [1, 48] instead of [48]" in message
+    assert "unexpected: " in message
+    assert "adapter.weight" in message
+    assert "extra" in message
+    assert f"{qkv} [48, 144] instead of [144, 48]" in message
+    assert f"{norm} [1, 48] instead of [48]" in message
     assert "not floating point: embed_out.weight (I8)" in message
 
 
@@ -471,7 +487,8 @@ def test_a_long_list_ends_in_a_count(tmp_path: Path) -> None:
     message = refusal(
         load, write_single(tmp_path / "model", SMALL, {n: tensors[n] for n in tensors if n not in missing})
     )
-    assert all(name in message for name in missing[:20]) and "and 5 more" in message
+    assert all(name in message for name in missing[:20])
+    assert "and 5 more" in message
     assert missing[20] not in message
 
 
@@ -484,7 +501,8 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path: Path, value: 
         folder = write_single(tmp_path / "model", SMALL, tensors)
         for weights in ("upcast", "stored"):
             message = refusal(load, folder, weights=weights)
-            assert name in message and "not finite" in message
+            assert name in message
+            assert "not finite" in message
 
 
 @pytest.mark.parametrize("stored", STORED_DTYPES, ids=str)
@@ -550,7 +568,9 @@ def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
     assert "config.json" in refusal(load, tmp_path)
     write_config(tmp_path, SMALL)
     message = refusal(load, tmp_path)
-    assert str(tmp_path) in message and "has no safetensors" in message and ".bin" not in message
+    assert str(tmp_path) in message
+    assert "has no safetensors" in message
+    assert ".bin" not in message
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     assert "only pytorch_model.bin" in refusal(load, tmp_path)
 
@@ -577,7 +597,8 @@ def test_an_index_does_not_reach_out_of_its_folder(tmp_path: Path, escape: str) 
     save_file(random_tensors(SMALL), tmp_path / "other.safetensors")
     write_index(folder, {**read_index(folder), EMBED_OUT: escape})
     message = refusal(load, folder)
-    assert repr(escape) in message and "not in its folder" in message
+    assert repr(escape) in message
+    assert "not in its folder" in message
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
@@ -639,7 +660,8 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
     asked: list[tuple[str, Any]] = []
 
     def refuse(repository: str, *, revision: Any, allow_patterns: list[str]) -> str:
-        assert "*.safetensors" in allow_patterns and "*.json" in allow_patterns
+        assert "*.safetensors" in allow_patterns
+        assert "*.json" in allow_patterns
         asked.append((repository, revision))
         raise huggingface_hub.errors.LocalEntryNotFoundError("line one\nline two")
 
@@ -664,7 +686,8 @@ def test_names_are_asked_for_at_the_hub(
     monkeypatch.chdir(tmp_path)
     message = refusal(find, name, revision)
     assert no_network == [(repository, revision)]
-    assert repository in message and "cannot be reached" in message
+    assert repository in message
+    assert "cannot be reached" in message
 
 
 @pytest.mark.parametrize(
@@ -686,7 +709,8 @@ def test_what_can_only_be_a_path_is_not_asked_for(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     message = refusal(find, path)
-    assert "no such folder" in message and repr(path) in message
+    assert "no such folder" in message
+    assert repr(path) in message
     assert no_network == []
 
 
@@ -694,11 +718,13 @@ def test_a_folder_is_used_as_it_is(no_network: list[Any], tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "EleutherAI" / "pythia-70m"
     (folder / "step1000").mkdir(parents=True)
-    assert find(folder) == folder and find(str(folder)) == folder
+    assert find(folder) == folder
+    assert find(str(folder)) == folder
     assert find("EleutherAI/pythia-70m").resolve() == folder
     assert find(folder, "step1000") == folder / "step1000"
     message = refusal(find, folder, "step2000")
-    assert str(folder) in message and "step2000" in message
+    assert str(folder) in message
+    assert "step2000" in message
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert "is a file" in refusal(find, tmp_path / "model.safetensors")
     assert no_network == []
@@ -742,12 +768,14 @@ def test_what_the_hub_answers_is_one_line(monkeypatch: pytest.MonkeyPatch, error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     message = refusal(find, "EleutherAI/no-such-model-here", "step7")
-    assert "EleutherAI/no-such-model-here" in message and expected in message
+    assert "EleutherAI/no-such-model-here" in message
+    assert expected in message
 
 
 # What transformers writes.
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize("arguments", [{}, {"max_shard_size": "20KB"}, {"save_original_format": False}], ids=str)
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_transformers_saves_is_loaded(tmp_path: Path, arguments: dict[str, Any], tied: bool) -> None:

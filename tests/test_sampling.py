@@ -95,6 +95,7 @@ def test_the_distribution_is_that_of_the_slow_writing(seed: int, sampling: Sampl
     assert_close(actual, expected, rtol=CLOSE)
 
 
+@pytest.mark.oracle
 @settings(max_examples=100)
 @given(seed=seeds, sampling=samplings())
 def test_the_distribution_is_transformers(seed: int, sampling: Sampling) -> None:

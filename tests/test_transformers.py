@@ -36,6 +36,8 @@ from neox.reference.config import (  # noqa: E402
 from neox.reference.decode import extend, new_cache  # noqa: E402
 from neox.reference.model import forward, rotary_tables  # noqa: E402
 
+pytestmark = pytest.mark.oracle
+
 TOLERANCE = {"float32": 1e-5, "float64": 2e-7}
 
 

@@ -36,7 +36,7 @@ def _download(repository: str, revision: str | None) -> Path:
     from huggingface_hub import constants, errors, snapshot_download
 
     # What the HTTP library of this release of huggingface_hub raises, be it requests, httpx or httpx2.
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+    from huggingface_hub.errors import HTTPError
 
     here = f"{repository} is no folder here"
     try:

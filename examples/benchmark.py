@@ -1,0 +1,347 @@
+"""How fast the reference is on this machine, beside transformers on the same weights, threads and prompt.
+
+    python examples/benchmark.py --backend reference
+
+Each implementation is a process of its own with one model; rounds alternate between them, so that whatever disturbs the
+machine disturbs both. The machine's limits are measured in the same run: a share of a limit says how much a better
+program could gain. transformers is left out where it is not installed. The table goes to stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+import neox.reference as ref
+from neox.reference.checkpoint.tensors import tensor_table
+from neox.reference.config import PYTHIA, Config, config_to_dict, parameter_count
+from neox.reference.decode import extend, new_cache
+from neox.reference.errors import InputError, Parser, run
+from neox.reference.prefill import CHUNK, prefill
+from neox.reference.random_weights import random_tensor
+
+SHAPES = {f"pythia-{size}": config for size, config in PYTHIA.items()}
+FLOAT = 4  # bytes; everything here is float32
+Answer = dict[str, Any]
+
+
+# What the machine can do at most.
+
+
+def best_seconds(work: Callable[[], object], rounds: int = 5) -> float:
+    def once() -> float:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    return min(once() for _ in range(rounds))
+
+
+def gemm_limit() -> float:
+    """FLOP/s of a product of two large square float32 matrices."""
+    n = 2048
+    a = np.ones((n, n), np.float32)
+    return 2 * n**3 / best_seconds(lambda: a @ a)
+
+
+def memory_limit() -> float:
+    """Bytes/s at which a matrix far larger than the processor's caches is read, by a product with a vector."""
+    matrix, vector = np.ones((16384, 8192), np.float32), np.ones(8192, np.float32)
+    return matrix.nbytes / best_seconds(lambda: matrix @ vector)
+
+
+# What the work costs at least.
+
+
+def layer_weights(config: Config) -> int:
+    """Weights that every position is multiplied with, those of the output matrix apart."""
+    c, f = config.hidden_size, config.intermediate_size
+    return config.num_hidden_layers * (4 * c * c + 2 * c * f)
+
+
+def prefill_flops(config: Config, length: int) -> float:
+    """Of a prompt, up to the logits after its last token; what the causal mask hides is not counted."""
+    scores_and_mix = config.num_hidden_layers * 2 * length * (length + 1) * config.hidden_size
+    return 2 * layer_weights(config) * length + scores_and_mix + 2 * config.vocab_size * config.hidden_size
+
+
+def step_bytes(config: Config, length: float) -> float:
+    """Read by a step that decodes after `length` positions: every matrix but the embedding, the keys and the values."""
+    cache = 2 * config.num_hidden_layers * length * config.hidden_size
+    return FLOAT * (layer_weights(config) + config.vocab_size * config.hidden_size + cache)
+
+
+def memory_parts(config: Config, prompt: int, positions: int) -> dict[str, float]:
+    """Bytes: the weights, the cache, and the arrays of the widest moment, which is inside a GELU of the prompt."""
+    arrays = min(prompt, CHUNK) * (4 * config.intermediate_size + 4 * config.hidden_size) + config.vocab_size
+    cache = 2 * config.num_hidden_layers * positions * config.hidden_size
+    return {"weights": FLOAT * parameter_count(config), "cache": FLOAT * cache, "activations": FLOAT * arrays}
+
+
+# A worker: one implementation, one model.
+
+
+class Implementation(Protocol):
+    def prefill(self, ids: np.ndarray, capacity: int) -> np.ndarray:  # (B,T) -> (B,V)
+        ...
+
+    def step(self, ids: np.ndarray) -> np.ndarray:  # (B,1) -> (B,V)
+        ...
+
+
+class Reference:
+    def __init__(self, folder: str) -> None:
+        self.model = ref.load(folder, weights="stored")
+
+    def prefill(self, ids: np.ndarray, capacity: int) -> np.ndarray:
+        self.cache = new_cache(self.model, len(ids), capacity)
+        return prefill(self.model, self.cache, ids)
+
+    def step(self, ids: np.ndarray) -> np.ndarray:
+        return extend(self.model, self.cache, ids)[:, 0]
+
+
+class Transformers:
+    def __init__(self, folder: str) -> None:
+        import torch
+        import transformers
+
+        self.tensor = torch.from_numpy
+        torch.set_grad_enabled(False)
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        self.model = transformers.GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def prefill(self, ids: np.ndarray, capacity: int) -> np.ndarray:
+        output = self.model(self.tensor(ids), use_cache=True, logits_to_keep=1)
+        self.cache = output.past_key_values
+        return output.logits[:, -1].numpy()
+
+    def step(self, ids: np.ndarray) -> np.ndarray:
+        return self.model(self.tensor(ids), past_key_values=self.cache, use_cache=True).logits[:, -1].numpy()
+
+
+IMPLEMENTATIONS: dict[str, Callable[[str], Implementation]] = {"reference": Reference, "transformers": Transformers}
+
+
+def memory_in_use() -> int:
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def continue_greedily(implementation: Implementation, prompt: np.ndarray, new_tokens: int) -> Answer:
+    """Seconds of the prompt and of a step; the largest logits after the prompt, and the ids that followed."""
+    start = time.perf_counter()
+    logits = implementation.prefill(prompt, prompt.shape[1] + new_tokens)
+    end = time.perf_counter()
+    largest, ids = np.sort(logits[0])[-8:].tolist(), []
+    for _ in range(new_tokens):
+        ids.append(int(logits[0].argmax()))
+        logits = implementation.step(np.array([ids[-1:]]))
+    step = (time.perf_counter() - end) / new_tokens
+    return {"prefill": end - start, "step": step, "largest": largest, "ids": ids}
+
+
+def serve(name: str, folder: str) -> None:
+    """Answer requests, one JSON object a line, until stdin ends."""
+    if name == "limits":
+        print(json.dumps({"gemm": gemm_limit(), "memory": memory_limit()}))
+        return
+    if name == "transformers":
+        import transformers.models.gpt_neox.modeling_gpt_neox  # noqa: F401  the memory of an import is not the model's
+    before, start = memory_in_use(), time.perf_counter()
+    implementation = IMPLEMENTATIONS[name](folder)
+    load = time.perf_counter() - start
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer = continue_greedily(implementation, np.array([request["prompt"]]), request["new_tokens"])
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps({**answer, "load": load, "memory": peak - before}), flush=True)
+
+
+# The comparison.
+
+
+class Worker:
+    def __init__(self, name: str, folder: Path, threads: int) -> None:
+        variables = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+        environment = {**os.environ, **{variable: str(threads) for variable in variables}}
+        command = [sys.executable, __file__, "--worker", name, str(folder)]
+        self.name = name
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def ask(self, request: Answer) -> Answer:
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise InputError(f"the {self.name} process ended with status {self.process.wait()}; its reason is above")
+        return json.loads(line)
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def write_checkpoint(config: Config, folder: Path) -> None:
+    """Random weights in the layout that both implementations read."""
+    table = tqdm(tensor_table(config).items(), "drawing weights", disable=None, leave=False)
+    save_file({name: random_tensor(spec) for name, spec in table}, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config_to_dict(config)), encoding="utf-8")
+
+
+def alternate(workers: list[Worker], request: Answer, rounds: int) -> dict[str, list[Answer]]:
+    """Each worker's answers, in rounds; the first round warms up and is not counted."""
+    answers: dict[str, list[Answer]] = {worker.name: [] for worker in workers}
+    for i in tqdm(range(rounds + 1), "rounds", disable=None, leave=False):
+        for worker in workers:
+            answer = worker.ask(request)
+            if i > 0:
+                answers[worker.name].append(answer)
+    return answers
+
+
+def measure(config: Config, args: argparse.Namespace, folder: Path) -> tuple[Answer, dict[str, list[Answer]]]:
+    """The machine's limits and each implementation's answers."""
+    write_checkpoint(config, folder)
+    prompt = np.random.default_rng(0).integers(0, config.vocab_size, args.prompt_tokens).tolist()
+    peer = ["transformers"] if not args.no_peer and find_spec("torch") and find_spec("transformers") else []
+    limits = Worker("limits", folder, args.threads)
+    workers = []
+    try:
+        limit = limits.ask({})
+        workers = [Worker(name, folder, args.threads) for name in ["reference", *peer]]
+        return limit, alternate(workers, {"prompt": prompt, "new_tokens": args.new_tokens}, args.rounds)
+    finally:
+        for worker in [limits, *workers]:
+            worker.stop()
+
+
+# The report.
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantity; medians over the rounds."""
+
+    name: str
+    unit: str
+    reference: float
+    spread: float  # (largest - smallest) / median
+    transformers: float | None
+    ratio: float | None  # reference / transformers, round by round
+    limit: str = ""  # what the median means, and its share of the limit
+
+
+def row(
+    name: str, unit: str, answers: dict[str, list[Answer]], value: Callable[[Answer], float], limit: str = ""
+) -> Row:
+    ours, peer = (list(map(value, answers.get(key, []))) for key in IMPLEMENTATIONS)
+    middle = statistics.median(ours)
+    ratio = statistics.median(a / b for a, b in zip(ours, peer, strict=True)) if peer else None
+    return Row(
+        name, unit, middle, (max(ours) - min(ours)) / middle, statistics.median(peer) if peer else None, ratio, limit
+    )
+
+
+def rows(config: Config, prompt: int, new: int, limits: Answer, answers: dict[str, list[Answer]]) -> list[Row]:
+    ours = answers["reference"]
+    flops = prefill_flops(config, prompt) / statistics.median(a["prefill"] for a in ours)
+    read = step_bytes(config, prompt + new / 2) / statistics.median(a["step"] for a in ours)
+    gemm = f"{flops / 1e9:.0f} GFLOP/s, {flops / limits['gemm']:.0%} of the machine's {limits['gemm'] / 1e9:.0f}"
+    memory = f"{read / 1e9:.1f} GB/s, {read / limits['memory']:.0%} of the machine's {limits['memory'] / 1e9:.1f}"
+    return [
+        row(f"prefill of {prompt}", "tok/s", answers, lambda a: prompt / a["prefill"], gemm),
+        row(f"decode of {new}", "tok/s", answers, lambda a: 1 / a["step"], memory),
+        row("load", "s", answers, lambda a: a["load"]),
+        row("peak memory", "MB", answers, lambda a: a["memory"] / 1e6),
+    ]
+
+
+def table(report: list[Row]) -> str:
+    head = ("", "reference", "spread", "transformers", "ratio", "limit")
+    lines = [head, ("---", "---:", "---:", "---:", "---:", "---")]
+    for r in report:
+        peer = "" if r.transformers is None else f"{r.transformers:.3g} {r.unit}"
+        ratio = "" if r.ratio is None else f"{r.ratio:.2f}"
+        lines.append((r.name, f"{r.reference:.3g} {r.unit}", f"{r.spread:.0%}", peer, ratio, r.limit))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def memory_line(parts: dict[str, float], measured: float) -> str:
+    total = sum(parts.values())
+    listed = " + ".join(f"{name} {size / 1e6:.0f}" for name, size in parts.items())
+    return f"peak memory of the reference: {measured / 1e6:.0f} MB, {measured / total:.2f} x ({listed}) MB"
+
+
+def agreement_line(answers: dict[str, list[Answer]]) -> str:
+    """That both computed the same model: without it, a ratio says nothing."""
+    ours, peer = (answers[name][0] for name in IMPLEMENTATIONS)
+    same = sum(a == b for a, b in zip(ours["ids"], peer["ids"], strict=True))
+    apart = np.abs(np.subtract(ours["largest"], peer["largest"])).max() / np.abs(peer["largest"]).max()
+    return f"agreement: {same} of {len(ours['ids'])} greedy tokens the same, logits of the prompt within {apart:.0e}"
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def flags() -> argparse.Namespace:
+    parser = Parser(description="Measure the reference beside transformers on the same weights.", allow_abbrev=False)
+    parser.add_argument("--backend", choices=["reference"], default="reference")
+    parser.add_argument("--shape", choices=SHAPES, default="pythia-160m", help="of the model; its weights are drawn")
+    parser.add_argument("--prompt-tokens", type=positive, default=512, metavar="N")
+    parser.add_argument("--new-tokens", type=positive, default=32, metavar="N")
+    parser.add_argument("--rounds", type=positive, default=7, metavar="N")
+    parser.add_argument("--threads", type=positive, default=os.cpu_count(), metavar="N", help="of both")
+    parser.add_argument("--no-peer", action="store_true", help="do not measure transformers")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = flags()
+    if args.worker:
+        return serve(*args.worker)
+    config, positions = SHAPES[args.shape], args.prompt_tokens + args.new_tokens
+    if positions > config.max_position_embeddings:
+        raise InputError(f"{positions} tokens, but the context of {args.shape} is {config.max_position_embeddings}")
+    with tempfile.TemporaryDirectory() as folder:
+        limits, answers = measure(config, args, Path(folder))
+    report = rows(config, args.prompt_tokens, args.new_tokens, limits, answers)
+    print(f"{args.shape}, random weights, float32, {args.threads} threads, medians of {args.rounds} rounds\n")
+    print(table(report) + "\n")
+    parts = memory_parts(config, args.prompt_tokens, positions)
+    print(memory_line(parts, max(answer["memory"] for answer in answers["reference"])))
+    if "transformers" in answers:
+        print(agreement_line(answers))
+    if args.json:
+        figures = {"shape": args.shape, "limits": limits, "rows": [asdict(r) for r in report], "memory": parts}
+        args.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(main)

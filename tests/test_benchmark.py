@@ -1,0 +1,69 @@
+"""examples/benchmark.py: every line of it on the smallest shape, and the arithmetic of its limits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from neox.reference.config import GPT_NEOX_20B, PYTHIA
+
+PROGRAM = Path(__file__).parents[1] / "examples" / "benchmark.py"
+SMALL = ["--shape", "pythia-14m", "--prompt-tokens", "70", "--new-tokens", "3", "--rounds", "2"]
+
+
+def benchmark(*flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, PROGRAM, *flags], capture_output=True, text=True, timeout=300)
+
+
+def test_the_reference_alone(tmp_path: Path) -> None:
+    done = benchmark(*SMALL, "--no-peer", "--threads", "1", "--json", str(tmp_path / "figures.json"))
+    assert (done.returncode, done.stderr) == (0, "")
+    for name in ("prefill of 70", "decode of 3", "load", "peak memory"):
+        assert f"| {name} |" in done.stdout
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert [row["name"] for row in figures["rows"]] == ["prefill of 70", "decode of 3", "load", "peak memory"]
+    assert all(row["reference"] > 0 and row["transformers"] is None for row in figures["rows"])
+    assert figures["limits"]["gemm"] > 1e9
+    assert figures["limits"]["memory"] > 1e8
+
+
+@pytest.mark.oracle
+def test_beside_transformers_both_continue_alike() -> None:
+    pytest.importorskip("torch", reason="torch is not installed")
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    done = benchmark(*SMALL)
+    assert done.returncode == 0, done.stderr
+    assert "agreement: 3 of 3 greedy tokens the same" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "phrase"),
+    [
+        (["--shape", "gpt-2"], "invalid choice"),
+        (["--rounds", "0"], "not a positive whole number"),
+        (["--prompt-tokens", "2048"], "the context of pythia-160m is 2048"),
+        (["--backend", "tpu"], "invalid choice"),
+    ],
+)
+def test_bad_flags_end_with_one_line(flags: list[str], phrase: str) -> None:
+    done = benchmark(*flags)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert phrase in done.stderr
+
+
+def test_what_the_work_costs_at_least() -> None:
+    """Against published sums for the 20B: 40.49 GB of half-precision weights a token, 5.11 TFLOP for 128 positions."""
+    sys.path.insert(0, str(PROGRAM.parent))
+    try:
+        import benchmark as program  # type: ignore[import-not-found]
+    finally:
+        sys.path.pop(0)
+    assert program.step_bytes(GPT_NEOX_20B, 0) / 2 == pytest.approx(40.49e9, rel=1e-3)
+    assert program.prefill_flops(GPT_NEOX_20B, 128) == pytest.approx(5.11e12, rel=2e-3)
+    assert program.prefill_flops(GPT_NEOX_20B, 2048) == pytest.approx(83.91e12, rel=2e-3)
+    assert program.memory_parts(PYTHIA["160m"], 512, 512)["weights"] == 4 * 162_322_944

@@ -1,0 +1,117 @@
+"""README.md is true: its commands run, print what it shows, and its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+pytestmark = pytest.mark.skipif(not README.is_file(), reason="there is no README.md beside tests/")
+TEXT = README.read_text(encoding="utf-8") if README.is_file() else ""
+
+# Run elsewhere, and why; a command that is in neither place fails a test below.
+BY_CI = [
+    'pip install -e . && python examples/generate.py --prompt "Once upon a time"',
+    'pip install -e ".[test]" && pytest',
+]
+NEEDS_A_DOWNLOAD = [
+    'python examples/generate.py --model pythia-160m --prompt "The capital of France is"',
+    'python examples/generate.py --model pythia-160m --revision step1000 --prompt "The capital of France is"',
+    'python examples/generate.py --model gpt-neox-20b --weights stored --prompt "The capital of France is"',
+]
+IN_ANOTHER_TEST = {"python examples/benchmark.py --backend reference": "test_benchmark.py"}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+
+
+COMMANDS = [line for block in blocks("sh") for line in block.splitlines()]
+ELSEWHERE = [*BY_CI, *NEEDS_A_DOWNLOAD, *IN_ANOTHER_TEST]
+SHOWN = dict(re.findall(r"^```sh\n([^\n]*)\n```\n```text\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL))
+
+
+def run(command: str) -> subprocess.CompletedProcess[str]:
+    python = command.replace("python ", f"{sys.executable} ", 1)
+    return subprocess.run(python, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in ELSEWHERE])
+def test_the_command_runs_and_prints_what_is_shown(command: str) -> None:
+    done = run(command)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert done.stdout == SHOWN.get(command, done.stdout)
+
+
+def test_there_is_output_to_compare() -> None:
+    assert len(SHOWN) >= 1
+
+
+def test_every_command_that_does_not_run_here_is_in_the_readme() -> None:
+    assert set(ELSEWHERE) <= set(COMMANDS)
+    assert all((ROOT / "tests" / test).is_file() for test in IN_ANOTHER_TEST.values())
+
+
+@pytest.mark.parametrize("command", NEEDS_A_DOWNLOAD)
+def test_without_a_network_the_flags_are_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = run(command)
+    if done.returncode == 0:
+        pytest.skip("the model is in this machine's download cache")
+    assert "HF_HUB_OFFLINE is set" in done.stderr
+
+
+def test_ci_runs_the_two_commands() -> None:
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    beginnings = re.findall(r"readme_command '([^']+)'", ci)
+    found = [next(line for line in TEXT.splitlines() if re.match(beginning, line)) for beginning in beginnings]
+    assert found == BY_CI
+
+
+@pytest.mark.parametrize("snippet", blocks("python"))
+def test_the_python_snippet_runs(snippet: str) -> None:
+    done = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_relative_links_lead_to_files() -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", TEXT) if not link.startswith("http")]
+    assert links
+    assert not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_paths_that_are_named_exist() -> None:
+    tree = next(block for block in blocks("text") if block.startswith("reference/"))
+    for name in re.findall(r"(?<!\S)([a-z_]+\.py)", tree):
+        assert list(ROOT.glob(f"*/{name}")), name
+    for name in re.findall(r"^\s*([a-z_]+/)", tree, re.MULTILINE):
+        assert (ROOT / name).is_dir() or (ROOT / "reference" / name).is_dir(), name
+
+
+def test_the_memory_table_is_arithmetic() -> None:
+    from neox.reference.config import GPT_NEOX_20B, PYTHIA, parameter_count
+
+    rows = re.findall(
+        r"^\| (pythia-\S+|gpt-neox-20b) \| ([\d,]+) \| ([\d.]+) GB \| ([\d.]+) GB \| ([\d.]+) GB \|$",
+        TEXT,
+        re.MULTILINE,
+    )
+    assert len(rows) >= 5
+    for name, count, float32, float16, cache in rows:
+        config = GPT_NEOX_20B if name == "gpt-neox-20b" else PYTHIA[name.removeprefix("pythia-")]
+        assert int(count.replace(",", "")) == parameter_count(config)
+        needed = 4 * 2 * config.num_hidden_layers * config.hidden_size * 2048
+        for shown, size in (
+            (float32, 4 * parameter_count(config)),
+            (float16, 2 * parameter_count(config)),
+            (cache, needed),
+        ):
+            digits = len(shown.partition(".")[2])
+            assert shown == f"{size / 1e9:.{digits}f}", (name, shown, size)
