@@ -666,6 +666,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
         raise huggingface_hub.errors.LocalEntryNotFoundError("line one\nline two")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     return asked
 
 
@@ -767,6 +768,7 @@ def test_what_the_hub_answers_is_one_line(monkeypatch: pytest.MonkeyPatch, error
         raise hub_error(error)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     message = refusal(find, "EleutherAI/no-such-model-here", "step7")
     assert "EleutherAI/no-such-model-here" in message
     assert expected in message

@@ -1,7 +1,7 @@
 """The tokenizer: published ids, the round trip of any text, and streams that join to the whole.
 
-The real tokenizer of the 20B is not part of the project. It is looked for in $NEOX_ASSETS/tokenizer, or beside the
-repository; tests that need it skip where it is absent.
+The real tokenizer of the 20B is not part of the project. It is looked for in $NEOX_ASSETS/tokenizer; tests that need
+it skip where it is absent.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from neox.reference.errors import InputError
 from neox.reference.tokenizer import Tokenizer, Utf8Stream, bytes_of, load_tokenizer
 
 HERE = Path(__file__).resolve().parent
-ASSETS = Path(os.environ.get("NEOX_ASSETS", HERE.parents[1] / "shared" / "assets"))
-REAL = ASSETS / "tokenizer" / "20B_tokenizer.json"
+REAL = Path(os.environ.get("NEOX_ASSETS", "")) / "tokenizer" / "20B_tokenizer.json"
 ABSENT = "the 20B's tokenizer is not here: set NEOX_ASSETS to a folder with tokenizer/20B_tokenizer.json"
 needs_real = pytest.mark.skipif(not REAL.is_file(), reason=ABSENT)
 
