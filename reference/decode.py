@@ -68,15 +68,26 @@ def mask_between(cache: Cache, start: int, stop: int) -> Array:  # (B,1,T,S)
     return np.where(seen, 0, -np.inf).astype(cache.keys.dtype)[:, None]
 
 
+Blocks = list[tuple[slice, Array]]
+
+
+def query_blocks(cache: Cache, start: int, length: int) -> Blocks:
+    """The queries start... in blocks, each with its mask (B,1,T,S) for the keys up to its own end.
+
+    What lies in the future of a whole block is thus not computed at all.
+    """
+    blocks = [slice(first, min(first + BLOCK, length)) for first in range(0, length, BLOCK)]
+    return [(block, mask_between(cache, start + block.start, start + block.stop)) for block in blocks]
+
+
 def nothing() -> None:
     return None
 
 
-def mix_over(cache: Cache, index: int, start: int, appended: Callable[[], object] = nothing) -> Mix:
+def mix_over(cache: Cache, index: int, start: int, blocks: Blocks, appended: Callable[[], object] = nothing) -> Mix:
     """Attention of layer `index` over the cache, to which it first appends the keys and values of positions start...
 
-    `appended` is called between the two. Queries go in blocks, each against the keys up to its own end: what lies in
-    the future of a whole block is not computed at all.
+    `appended` is called between the two.
     """
 
     def mix(q: Array, k: Array, v: Array, tap: Tap) -> Array:  # (B,H,T,D) x 3 -> (B,H,T,D)
@@ -86,10 +97,8 @@ def mix_over(cache: Cache, index: int, start: int, appended: Callable[[], object
         values[:, :, start : start + length] = v
         appended()
         z = np.empty_like(q)
-        for first in range(0, length, BLOCK):
-            block = slice(first, min(first + BLOCK, length))
-            seen = start + block.stop
-            mask = mask_between(cache, start + first, seen)
+        for block, mask in blocks:
+            seen = mask.shape[-1]
             z[:, :, block] = attend(q[:, :, block], keys[:, :, :seen], values[:, :, :seen], mask, tap)
         return z
 
@@ -114,9 +123,10 @@ def through_layers(
     """What the last layer makes of ids at positions start... of the cache, which it fills.  (B,T) -> (B,T,C)"""
     positions = np.arange(start, start + ids.shape[1]) - cache.padding[:, None]  # (B,T)
     rotary = rotary_tables(model.config, np.maximum(positions, 0))
+    blocks = query_blocks(cache, start, ids.shape[1])
     x = embed(model, ids)
     for i, p in enumerate(model.params.layers):
-        x = layer(p, model.config, x, rotary, mix_over(cache, i, start, appended))
+        x = layer(p, model.config, x, rotary, mix_over(cache, i, start, blocks, appended))
     return x
 
 

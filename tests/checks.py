@@ -236,7 +236,7 @@ def prefill_is_forward() -> None:
 def shares_wait() -> None:
     """A share reads the keys of those before it only when they are there, however late the first share comes."""
     m, ids, _ = parity_case("20b")
-    through_layers = prefill.through_layers
+    through_layers = decode.through_layers
 
     def late(m: Model, kv: decode.Cache, ids: NDArray, start: int, *rest: Callable[[], object]) -> NDArray:
         time.sleep(0.05 if start == 0 else 0)

@@ -69,7 +69,7 @@ def rotary_pct(head_dim: int, rotary_ndims: int) -> float:
 
 
 @st.composite
-def configs(draw: st.DrawFn, **fixed: Any) -> Config:
+def configs(draw: st.DrawFn, /, **fixed: Any) -> Config:
     """A small model's config, any field of which can be fixed: configs(use_parallel_residual=True)."""
     heads = draw(st.sampled_from(HEADS))
     head_dim, rotary_ndims = draw(st.sampled_from(HEAD_AND_ROTARY_DIMS))

@@ -154,7 +154,7 @@ def test_prefill_goes_on_where_a_text_has_got_to():
 
 def test_a_share_that_fails_stops_the_others_and_leaves_the_length(monkeypatch: pytest.MonkeyPatch):
     small_blocks(monkeypatch, shares=3)
-    right = prefill.through_layers
+    right = decode.through_layers
 
     def failing(m: Model, cache: decode.Cache, ids: NDArray, start: int, *rest: object) -> NDArray:
         if start == 0:
@@ -259,7 +259,8 @@ def test_what_is_refused_can_be_followed_by_what_is_right():
     ids = draw_ids(TINY, 1, 6, 1)
     cache = new_cache(m, 1, 6)
     extend(m, cache, ids[:, :4])
-    for bad in ([[1, 2, 3]], [[101]], [[-1]], [[]], [1]):
+    refused: tuple[list, ...] = ([[1, 2, 3]], [[101]], [[-1]], [[]], [1])
+    for bad in refused:
         for append in (extend, prefill.prefill):
             with pytest.raises(InputError):
                 append(m, cache, bad)

@@ -67,6 +67,13 @@ def test_without_a_network_the_flags_are_understood(command: str, monkeypatch: p
     assert "HF_HUB_OFFLINE is set" in done.stderr
 
 
+def test_the_first_of_the_two_commands_writes_once_it_is_installed() -> None:
+    done = run(BY_CI[0].partition(" && ")[2])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Once upon a time")
+    assert len(done.stdout) > 100
+
+
 def test_ci_runs_the_two_commands() -> None:
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     beginnings = re.findall(r"readme_command '([^']+)'", ci)
@@ -87,12 +94,20 @@ def test_relative_links_lead_to_files() -> None:
     assert not [link for link in links if not (ROOT / link).exists()]
 
 
-def test_paths_that_are_named_exist() -> None:
+def test_the_tree_names_what_is_there_and_nothing_else() -> None:
     tree = next(block for block in blocks("text") if block.startswith("reference/"))
-    for name in re.findall(r"(?<!\S)([a-z_]+\.py)", tree):
-        assert list(ROOT.glob(f"*/{name}")), name
-    for name in re.findall(r"^\s*([a-z_]+/)", tree, re.MULTILINE):
-        assert (ROOT / name).is_dir() or (ROOT / "reference" / name).is_dir(), name
+    folder, named = ROOT, set()
+    for entry, indent, names in re.findall(r"^((  )?(\S+(?:, \S+)*))(?=  )", tree, re.MULTILINE):
+        for name in names.split(", "):
+            path = (folder if indent else ROOT) / name
+            assert path.exists(), entry
+            named.add(path)
+        if not indent:
+            folder = path
+    rooms = {path for path in (ROOT / "reference").iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert rooms - named <= {ROOT / "reference" / "__init__.py", ROOT / "reference" / "__pycache__"}
+    examples = {path.name for path in (ROOT / "examples").glob("*.py")}
+    assert examples == set(re.findall(r"[a-z]+\.py", tree.split("\nexamples/")[1].splitlines()[0]))
 
 
 def test_the_memory_table_is_arithmetic() -> None:
