@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,6 +77,7 @@ LOGITS = Step("logits", "BTV", "a score per next token")
 
 SHOWN = {"B": 0, "T": -1, "H": 0}  # of which the values are: the last position, which says what comes next; one head
 VALUES = 3
+WIDTH = 100  # of the terminal, in columns
 
 
 def equation(beginning: str) -> str:
@@ -93,7 +94,7 @@ def shape(dims: str, array: Array) -> str:
 
 def first_values(dims: str, array: Array) -> str:
     row = array[tuple(SHOWN.get(letter, slice(None)) for letter in dims)]
-    return "".join(f"{value:8.3f}" for value in row[:VALUES]) + (" ..." if len(row) > VALUES else "")
+    return "".join(f" {value:7.3f}" for value in row[:VALUES]) + (" ..." if len(row) > VALUES else "")
 
 
 def line(step: Step, array: Array) -> str:
@@ -159,9 +160,21 @@ def print_model(name: str, config: Config) -> None:
     print("        " + "  ".join(f"{letter}={size}" for letter, size in sizes.items()))
 
 
+def side_by_side(parts: Iterable[str], width: int) -> list[str]:
+    """Lines of whole parts."""
+    lines = [""]
+    for part in parts:
+        longer = f"{lines[-1]} | {part}" if lines[-1] else part
+        if len(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(part)
+    return lines
+
+
 def print_prompt(ids: list[int], tokenizer: Tokenizer | None) -> None:
-    texts = ids if tokenizer is None else [f"{index} {tokenizer.decode([index])!r}" for index in ids]
-    print(f"Prompt  {' | '.join(map(str, texts))}")
+    texts = (str(index) if tokenizer is None else f"{index} {tokenizer.decode([index])!r}" for index in ids)
+    print("Prompt  " + "\n        ".join(side_by_side(texts, WIDTH - 8)))
     print("        The values shown are those of the last position, and of head 0.")
 
 
@@ -225,7 +238,7 @@ def print_costs(config: Config) -> None:
         ("one layer of them", f"{2 * layer / 1e9:.2f} GB", f"in float16; {4 * layer / 1e9:.2f} GB in float32"),
         ("cache, a token", f"{2 * token / 1e6:.2f} MB", f"in float16; {4 * token / 1e6:.2f} MB in float32"),
         (f"cache, {context} tokens", f"{2 * text / 1e9:.2f} GB", f"in float16; {4 * text / 1e9:.2f} GB in float32"),
-        ("first token", f"{flops(config, 0, 1) / 1e9:.1f} GFLOP", "two for each weight of each matrix"),
+        ("first token", f"{flops(config, 0, 1) / 1e9:.1f} GFLOP", "two for each weight of a matrix, embed_in apart"),
         (f"token {context}", f"{flops(config, context - 1, context) / 1e9:.1f} GFLOP", "and attention to all before"),
         (f"prompt of {context}", f"{flops(config, 0, context) / 1e12:.1f} TFLOP", "logits after its last token only"),
     )

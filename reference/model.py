@@ -186,7 +186,7 @@ def apply_rotary(x: Array, cos: Array, sin: Array) -> Array:  # (B,H,T,D), 2 x (
     Dim i is paired with dim i + R/2, not with its neighbour as in the paper and GPT-J: the weights were trained so.
     """
     half = cos.shape[-1]
-    cos, sin = cos.astype(x.dtype), sin.astype(x.dtype)
+    cos, sin = cos.astype(x.dtype, copy=False), sin.astype(x.dtype, copy=False)
     x1, x2 = x[..., :half], x[..., half : 2 * half]
     y = np.empty_like(x)
     y[..., :half] = x1 * cos - x2 * sin

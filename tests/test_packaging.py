@@ -33,8 +33,11 @@ LAZY = {
     "ml_dtypes",
 }  # only inside functions: the first comes with tokenizers, the second is an extra
 SOURCES = sorted(PACKAGE.rglob("*.py"))
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 in_a_checkout = pytest.mark.skipif(not (ROOT / "reference").is_dir(), reason="the package's sources are not here")
+beside_pyproject = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="no pyproject.toml beside tests/")
+beside_examples = pytest.mark.skipif(not EXAMPLES, reason="examples/ is not beside tests/")
 
 
 # Files and folders.
@@ -75,6 +78,7 @@ def test_what_is_no_python_was_installed_too() -> None:
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in shipped.path().iterdir()}
 
 
+@beside_pyproject
 def test_the_core_needs_four_packages() -> None:
     names = {re.split(r"[^\w-]", requirement)[0] for requirement in pyproject()["project"]["dependencies"]}
     assert names == CORE
@@ -197,6 +201,11 @@ def test_functions_are_short() -> None:
     assert max(sizes) <= 40
 
 
+@beside_examples
+def test_functions_of_the_examples_are_no_longer_than_a_screen() -> None:
+    assert max(lines(function) for path in EXAMPLES for function in functions(path)) <= 60
+
+
 def public(path: Path) -> Iterator[ast.FunctionDef]:
     """Functions of the module and methods of its public classes, under names without an underscore."""
     for node in parsed(path).body:
@@ -206,12 +215,25 @@ def public(path: Path) -> Iterator[ast.FunctionDef]:
                 yield child
 
 
+def only_lists_fields(node: ast.ClassDef) -> bool:
+    silent = [child for child in node.body if isinstance(child, ast.FunctionDef) and not ast.get_docstring(child)]
+    decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+    return any(d.startswith("dataclass") for d in decorators) and all(lines(method) <= 3 for method in silent)
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_public_function_of_more_than_a_few_lines_says_what_it_does(path: Path) -> None:
     """Three lines with their shapes speak for themselves; a method of a protocol or its twin may be told there."""
     told = {"start", "step", "keep"} if path.name == "generate.py" else set()
     silent = [f.name for f in public(path) if not ast.get_docstring(f) and lines(f) > 3 and f.name not in told]
     assert not silent
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_public_class_says_what_it_is_unless_it_only_lists_fields(path: Path) -> None:
+    """A dataclass whose fields carry their shapes, and whose methods speak for themselves, needs no words."""
+    classes = [n for n in parsed(path).body if isinstance(n, ast.ClassDef) and not n.name.startswith("_")]
+    assert not [c.name for c in classes if not ast.get_docstring(c) and not only_lists_fields(c)]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
