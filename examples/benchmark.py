@@ -31,7 +31,7 @@ from tqdm import tqdm
 import neox.reference as ref
 from neox.reference.checkpoint.tensors import tensor_table
 from neox.reference.config import PYTHIA, Config, config_to_dict, parameter_count
-from neox.reference.decode import extend, new_cache
+from neox.reference.decode import Cache, extend, new_cache
 from neox.reference.errors import InputError, Parser, run
 from neox.reference.prefill import CHUNK, prefill
 from neox.reference.random_weights import random_tensor
@@ -44,7 +44,7 @@ Answer = dict[str, Any]
 # What the machine can do at most.
 
 
-def best_seconds(work: Callable[[], object], rounds: int = 5) -> float:
+def best_seconds(work: Callable[[], object], rounds: int = 3) -> float:
     def once() -> float:
         start = time.perf_counter()
         work()
@@ -108,12 +108,15 @@ class Implementation(Protocol):
 class Reference:
     def __init__(self, folder: str) -> None:
         self.model = ref.load(folder, weights="stored")
+        self.cache: Cache | None = None
 
     def prefill(self, ids: np.ndarray, capacity: int) -> np.ndarray:
+        self.cache = None  # the last prompt's goes first, or there would be two
         self.cache = new_cache(self.model, len(ids), capacity)
         return prefill(self.model, self.cache, ids)
 
     def step(self, ids: np.ndarray) -> np.ndarray:
+        assert self.cache
         return extend(self.model, self.cache, ids)[:, 0]
 
 
@@ -161,7 +164,8 @@ def continue_greedily(implementation: Implementation, prompt: np.ndarray, new_to
 def serve(name: str, folder: str) -> None:
     """Answer requests, one JSON object a line, until stdin ends."""
     if name == "limits":
-        print(json.dumps({"gemm": gemm_limit(), "memory": memory_limit()}))
+        for _ in sys.stdin:
+            print(json.dumps({"gemm": gemm_limit(), "memory": memory_limit()}), flush=True)
         return
     if name == "transformers":
         import transformers.models.gpt_neox.modeling_gpt_neox  # noqa: F401  the memory of an import is not the model's
@@ -221,19 +225,16 @@ def alternate(workers: list[Worker], request: Answer, rounds: int) -> dict[str, 
     return answers
 
 
-def measure(config: Config, args: argparse.Namespace, folder: Path) -> tuple[Answer, dict[str, list[Answer]]]:
-    """The machine's limits and each implementation's answers."""
+def measure(config: Config, args: argparse.Namespace, folder: Path) -> dict[str, list[Answer]]:
+    """Each implementation's answers, and the machine's limits beside them in every round."""
     write_checkpoint(config, folder)
     prompt = np.random.default_rng(0).integers(0, config.vocab_size, args.prompt_tokens).tolist()
     peer = ["transformers"] if not args.no_peer and find_spec("torch") and find_spec("transformers") else []
-    limits = Worker("limits", folder, args.threads)
-    workers = []
+    workers = [Worker(name, folder, args.threads) for name in ["limits", "reference", *peer]]
     try:
-        limit = limits.ask({})
-        workers = [Worker(name, folder, args.threads) for name in ["reference", *peer]]
-        return limit, alternate(workers, {"prompt": prompt, "new_tokens": args.new_tokens}, args.rounds)
+        return alternate(workers, {"prompt": prompt, "new_tokens": args.new_tokens}, args.rounds)
     finally:
-        for worker in [limits, *workers]:
+        for worker in workers:
             worker.stop()
 
 
@@ -265,6 +266,7 @@ def row(
 
 
 def rows(config: Config, prompt: int, new: int, limits: Answer, answers: dict[str, list[Answer]]) -> list[Row]:
+    """What the table shows of the answers to a prompt and a number of new tokens."""
     ours = answers["reference"]
     flops = prefill_flops(config, prompt) / statistics.median(a["prefill"] for a in ours)
     read = step_bytes(config, prompt + new / 2) / statistics.median(a["step"] for a in ours)
@@ -330,7 +332,8 @@ def main() -> None:
     if positions > config.max_position_embeddings:
         raise InputError(f"{positions} tokens, but the context of {args.shape} is {config.max_position_embeddings}")
     with tempfile.TemporaryDirectory() as folder:
-        limits, answers = measure(config, args, Path(folder))
+        answers = measure(config, args, Path(folder))
+    limits = {name: max(answer[name] for answer in answers["limits"]) for name in ("gemm", "memory")}
     report = rows(config, args.prompt_tokens, args.new_tokens, limits, answers)
     print(f"{args.shape}, random weights, float32, {args.threads} threads, medians of {args.rounds} rounds\n")
     print(table(report) + "\n")

@@ -140,7 +140,8 @@ def gelu(x: Array) -> Array:
     Pythia's configs name this one, although Pythia was trained with gelu_fast.
     """
     size = np.abs(x)
-    return (x + size) / 2 - size * upper_tail(size)
+    tail = size * upper_tail(size)
+    return (x + size) / 2 - tail
 
 
 def gelu_fast(x: Array) -> Array:

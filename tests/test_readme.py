@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from mutants import MUTANTS
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -108,6 +109,10 @@ def test_the_tree_names_what_is_there_and_nothing_else() -> None:
     assert rooms - named <= {ROOT / "reference" / "__init__.py", ROOT / "reference" / "__pycache__"}
     examples = {path.name for path in (ROOT / "examples").glob("*.py")}
     assert examples == set(re.findall(r"[a-z]+\.py", tree.split("\nexamples/")[1].splitlines()[0]))
+
+
+def test_the_mutants_are_counted() -> None:
+    assert re.findall(r"\[(\d+) mutants\]", TEXT) == [str(len(MUTANTS))]
 
 
 def test_the_memory_table_is_arithmetic() -> None:
