@@ -31,6 +31,7 @@ from tqdm import tqdm
 import neox.reference as ref
 from neox.reference.checkpoint.tensors import tensor_table
 from neox.reference.config import PYTHIA, Config, config_to_dict, parameter_count
+from neox.reference.costs import cached_numbers, flops, step_numbers
 from neox.reference.decode import Cache, extend, new_cache
 from neox.reference.errors import InputError, Parser, run
 from neox.reference.prefill import CHUNK, prefill
@@ -66,32 +67,14 @@ def memory_limit() -> float:
     return matrix.nbytes / best_seconds(lambda: matrix @ vector)
 
 
-# What the work costs at least.
+# What a prompt needs.
 
 
-def layer_weights(config: Config) -> int:
-    """Weights that every position is multiplied with, those of the output matrix apart."""
-    c, f = config.hidden_size, config.intermediate_size
-    return config.num_hidden_layers * (4 * c * c + 2 * c * f)
-
-
-def prefill_flops(config: Config, length: int) -> float:
-    """Of a prompt, up to the logits after its last token; what the causal mask hides is not counted."""
-    scores_and_mix = config.num_hidden_layers * 2 * length * (length + 1) * config.hidden_size
-    return 2 * layer_weights(config) * length + scores_and_mix + 2 * config.vocab_size * config.hidden_size
-
-
-def step_bytes(config: Config, length: float) -> float:
-    """Read by a step that decodes after `length` positions: every matrix but the embedding, the keys and the values."""
-    cache = 2 * config.num_hidden_layers * length * config.hidden_size
-    return FLOAT * (layer_weights(config) + config.vocab_size * config.hidden_size + cache)
-
-
-def memory_parts(config: Config, prompt: int, positions: int) -> dict[str, float]:
+def memory_parts(config: Config, prompt: int, positions: int) -> dict[str, int]:
     """Bytes: the weights, the cache, and the arrays of the widest moment, which is inside a GELU of the prompt."""
     arrays = min(prompt, CHUNK) * (4 * config.intermediate_size + 4 * config.hidden_size) + config.vocab_size
-    cache = 2 * config.num_hidden_layers * positions * config.hidden_size
-    return {"weights": FLOAT * parameter_count(config), "cache": FLOAT * cache, "activations": FLOAT * arrays}
+    numbers = {"weights": parameter_count(config), "cache": cached_numbers(config, positions), "activations": arrays}
+    return {name: FLOAT * number for name, number in numbers.items()}
 
 
 # A worker: one implementation, one model.
@@ -268,9 +251,9 @@ def row(
 def rows(config: Config, prompt: int, new: int, limits: Answer, answers: dict[str, list[Answer]]) -> list[Row]:
     """What the table shows of the answers to a prompt and a number of new tokens."""
     ours = answers["reference"]
-    flops = prefill_flops(config, prompt) / statistics.median(a["prefill"] for a in ours)
-    read = step_bytes(config, prompt + new / 2) / statistics.median(a["step"] for a in ours)
-    gemm = f"{flops / 1e9:.0f} GFLOP/s, {flops / limits['gemm']:.0%} of the machine's {limits['gemm'] / 1e9:.0f}"
+    computed = flops(config, 0, prompt) / statistics.median(a["prefill"] for a in ours)
+    read = FLOAT * step_numbers(config, prompt + new // 2) / statistics.median(a["step"] for a in ours)
+    gemm = f"{computed / 1e9:.0f} GFLOP/s, {computed / limits['gemm']:.0%} of the machine's {limits['gemm'] / 1e9:.0f}"
     memory = f"{read / 1e9:.1f} GB/s, {read / limits['memory']:.0%} of the machine's {limits['memory'] / 1e9:.1f}"
     return [
         row(f"prefill of {prompt}", "tok/s", answers, lambda a: prompt / a["prefill"], gemm),
@@ -290,7 +273,7 @@ def table(report: list[Row]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def memory_line(parts: dict[str, float], measured: float) -> str:
+def memory_line(parts: dict[str, int], measured: float) -> str:
     total = sum(parts.values())
     listed = " + ".join(f"{name} {size / 1e6:.0f}" for name, size in parts.items())
     return f"peak memory of the reference: {measured / 1e6:.0f} MB, {measured / total:.2f} x ({listed}) MB"

@@ -27,6 +27,7 @@ from neox.reference.checkpoint.hub import find
 from neox.reference.checkpoint.load import load
 from neox.reference.checkpoint.tensors import build_params, tensor_table
 from neox.reference.config import GPT_NEOX_20B, Config, parameter_count, read_config
+from neox.reference.costs import cached_numbers, flops
 from neox.reference.errors import InputError, Parser, run
 from neox.reference.model import Array, Model, Tap, forward, softmax, unembed
 from neox.reference.random_weights import random_tensor
@@ -203,29 +204,6 @@ def drawn(config: Config) -> Model:
         arrays = pool.map(random_tensor, table.values())
         tensors = dict(zip(table, tqdm(arrays, "drawing weights", len(table), disable=None, leave=False), strict=True))
     return Model(config, build_params(config, lambda spec: tensors[spec.name]))
-
-
-def multiplied(config: Config) -> int:
-    """Weights in matrices that a position is multiplied with, those of the output matrix apart."""
-    c, f = config.hidden_size, config.intermediate_size
-    return config.num_hidden_layers * (4 * c * c + 2 * c * f)
-
-
-def attention_flops(config: Config, start: int, stop: int) -> int:
-    """Of q k^T and of the average of v, for the positions start..stop, each over itself and those before it."""
-    pairs = (stop * (stop + 1) - start * (start + 1)) // 2
-    return 4 * config.num_hidden_layers * config.hidden_size * pairs
-
-
-def flops(config: Config, start: int, stop: int) -> int:
-    """Of appending positions start..stop to a text, up to the logits after the last one. Two for each weight."""
-    output = 2 * config.vocab_size * config.hidden_size
-    return 2 * multiplied(config) * (stop - start) + attention_flops(config, start, stop) + output
-
-
-def cached_numbers(config: Config, positions: int) -> int:
-    """Keys and values of all layers."""
-    return 2 * config.num_hidden_layers * config.hidden_size * positions
 
 
 def print_costs(config: Config) -> None:

@@ -1,4 +1,4 @@
-"""examples/benchmark.py: every line of it on the smallest shape, and the arithmetic of its limits."""
+"""examples/benchmark.py: every line of it on the smallest shape, and what it refuses."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from neox.reference.config import GPT_NEOX_20B, PYTHIA
 
 PROGRAM = Path(__file__).parents[1] / "examples" / "benchmark.py"
 SMALL = ["--shape", "pythia-14m", "--prompt-tokens", "70", "--new-tokens", "3", "--rounds", "2"]
@@ -54,16 +52,3 @@ def test_bad_flags_end_with_one_line(flags: list[str], phrase: str) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1
     assert phrase in done.stderr
-
-
-def test_what_the_work_costs_at_least() -> None:
-    """Against published sums for the 20B: 40.49 GB of half-precision weights a token, 5.11 TFLOP for 128 positions."""
-    sys.path.insert(0, str(PROGRAM.parent))
-    try:
-        import benchmark as program  # type: ignore[import-not-found]
-    finally:
-        sys.path.pop(0)
-    assert program.step_bytes(GPT_NEOX_20B, 0) / 2 == pytest.approx(40.49e9, rel=1e-3)
-    assert program.prefill_flops(GPT_NEOX_20B, 128) == pytest.approx(5.11e12, rel=2e-3)
-    assert program.prefill_flops(GPT_NEOX_20B, 2048) == pytest.approx(83.91e12, rel=2e-3)
-    assert program.memory_parts(PYTHIA["160m"], 512, 512)["weights"] == 4 * 162_322_944
