@@ -1,0 +1,404 @@
+"""The seam between the model and the machine: a device, its arrays, a kernel launch, a captured graph.
+
+Two devices run the same .cu files. `CudaDevice` compiles them with NVRTC, through CuPy, for a card. `HostDevice`
+compiles them with g++ and runs each CUDA thread as a fiber on the CPU, over memory that is NaN until written and
+guarded on both sides. Everything above this file is the same Python for both.
+
+    device = open_device("host")
+    x = device.array(np.arange(6, dtype=np.float32))
+    device.launch(source, "scale<float>", grid=1, block=32, arguments=(x, np.float32(2)))
+    x.get()
+
+A device has one stream: what is asked of it happens in the order asked. A sequence of launches can be captured once as
+a graph and replayed. While it is captured nothing runs, and what would need the result, or could disturb the capture,
+is refused: allocation, copies, synchronization, the first use of a kernel that is not compiled yet.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from neox.gpu.host.build import MODES, build, compiler
+from neox.gpu.host.memory import HostMemory
+from neox.gpu.host.module import ORDERS, HostModule, Pointer
+from neox.gpu.host.sanitize import require
+from neox.gpu.source import Source
+from neox.reference.errors import InputError
+
+LARGEST_BLOCK = 1024
+LARGEST_GRID = (2**31 - 1, 65535, 65535)
+PLAIN_SHARED_BYTES = 48 * 1024  # more must be asked for, kernel by kernel
+LARGEST_SHARED_BYTES = 227 * 1024  # of sm_90
+
+Size = int | tuple[int, ...]
+
+
+class CaptureError(RuntimeError):
+    """Something was asked for that a device cannot do while a graph is captured."""
+
+
+def dtype_named(name: DTypeLike) -> np.dtype:
+    """A NumPy dtype; "bfloat16" is that of the package ml_dtypes. InputError without it."""
+    if name != "bfloat16":
+        return np.dtype(name)
+    try:
+        from ml_dtypes import bfloat16
+    except ImportError as error:
+        raise InputError("bfloat16 needs the package ml_dtypes: pip install ml_dtypes") from error
+    return np.dtype(bfloat16)
+
+
+@dataclass(frozen=True, eq=False)
+class Array:
+    """Contiguous memory of a device with a shape and a dtype. It computes nothing: kernels do."""
+
+    device: Device
+    memory: Any  # what the device allocated; lives as long as an array that views it
+    address: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+    def reshape(self, *shape: int) -> Array:
+        """The same memory in another shape. ValueError if the sizes differ."""
+        if math.prod(shape) != self.size:
+            raise ValueError(f"{self.shape} cannot be reshaped to {shape}")
+        return Array(self.device, self.memory, self.address, shape, self.dtype)
+
+    def __getitem__(self, index: int | slice) -> Array:
+        """A view of one entry, or of a range of them, along the first axis."""
+        whole = range(self.shape[0])[index]
+        start, inner = (whole, ()) if isinstance(whole, int) else (whole.start, (len(whole),))
+        if isinstance(whole, range) and whole.step != 1:
+            raise ValueError("an array is contiguous: no step")
+        stride = math.prod(self.shape[1:]) * self.dtype.itemsize
+        shape = inner + self.shape[1:]
+        return Array(self.device, self.memory, self.address + start * stride, shape, self.dtype)
+
+    def get(self) -> NDArray:
+        """A copy in host memory, once everything before it has run. CaptureError during capture."""
+        self.device._refuse("a copy to the host")
+        return np.frombuffer(self.device._read(self), self.dtype).reshape(self.shape)
+
+    def set(self, values: NDArray) -> None:
+        """Copy from host memory. ValueError on another shape or dtype, CaptureError during capture."""
+        self.device._refuse("a copy from the host")
+        if values.shape != self.shape or values.dtype != self.dtype:
+            raise ValueError(f"{values.dtype} {values.shape} cannot be copied to {self.dtype} {self.shape}")
+        self.device._write(self, np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+
+
+Argument = Array | np.generic | None  # None is a null pointer
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """Launches to be repeated. Scalars are as they were at capture; arrays are read anew."""
+
+    device: Device
+    captured: Any
+    arrays: list[Array]  # kept alive: a graph knows only addresses
+
+    def replay(self) -> None:
+        self.device._refuse("a replay")
+        self.device._replay(self.captured)
+
+
+@dataclass(eq=False)
+class Device(ABC):
+    """What both devices have in common: the rules. Each supplies the methods with an underscore."""
+
+    _capturing: list[Array] | None = field(default=None, init=False)  # arrays of the graph under capture
+    _modules: dict[Source, Any] = field(default_factory=dict, init=False)
+
+    def empty(self, shape: Size, dtype: DTypeLike) -> Array:
+        """Not to be read before it is written: on the host it is NaN."""
+        self._refuse("an allocation")
+        dimensions = (shape,) if isinstance(shape, int) else tuple(shape)
+        kind = dtype_named(dtype)
+        memory, address = self._allocate(math.prod(dimensions) * kind.itemsize)
+        return Array(self, memory, address, dimensions, kind)
+
+    def array(self, values: NDArray) -> Array:
+        """A copy of an array in host memory."""
+        copy = self.empty(values.shape, values.dtype)
+        copy.set(values)
+        return copy
+
+    def zeros(self, shape: Size, dtype: DTypeLike) -> Array:
+        array = self.empty(shape, dtype)
+        array.set(np.zeros(array.shape, array.dtype))
+        return array
+
+    def launch(
+        self, source: Source, kernel: str, grid: Size, block: Size, arguments: Sequence[Argument], shared_bytes: int = 0
+    ) -> None:
+        """Run a kernel of a .cu file; during capture, note it down.
+
+        Scalars are NumPy scalars of the kernel's very type: a Python number would be passed in 8 bytes.
+        shared_bytes: dynamic shared memory of each block.
+        """
+        grid, block = _three(grid), _three(block)
+        _check_sizes(kernel, grid, block, shared_bytes)
+        for i, argument in enumerate(arguments):
+            self._check_argument(kernel, i, argument)
+        if source not in self._modules:
+            self._refuse(f"compilation of {source.file}, which must be launched once before")
+            self._modules[source] = self._compile(source)
+        self._launch(self._modules[source], kernel, grid, block, arguments, shared_bytes)
+        if self._capturing is not None:
+            self._capturing += [a for a in arguments if isinstance(a, Array)]
+
+    def capture(self, function: Callable[[], None]) -> Graph:
+        """The launches that a function makes, as a graph. CaptureError if it does what cannot be captured."""
+        self._refuse("another capture")
+        arrays: list[Array] = []
+        self._capturing = arrays
+        try:
+            with self._capture() as captured:
+                function()
+        finally:
+            self._capturing = None
+        return Graph(self, captured[0], arrays)
+
+    def synchronize(self) -> None:
+        """Wait until everything asked for has run."""
+        self._refuse("synchronization")
+        self._synchronize()
+
+    def _refuse(self, what: str) -> None:
+        if self._capturing is not None:
+            raise CaptureError(f"while a graph is captured there can be no {what}")
+
+    def _check_argument(self, kernel: str, i: int, argument: Argument) -> None:
+        if isinstance(argument, Array):
+            if argument.device is not self:
+                raise TypeError(f"argument {i} of {kernel} is an array of another device")
+        elif argument is not None and not isinstance(argument, np.generic):
+            name = type(argument).__name__
+            raise TypeError(f"argument {i} of {kernel} is a {name}, not a device array or a NumPy scalar")
+
+    @abstractmethod
+    def _allocate(self, size: int) -> tuple[Any, int]:
+        """Memory of this many bytes and its address."""
+
+    @abstractmethod
+    def _read(self, array: Array) -> bytes | bytearray: ...
+
+    @abstractmethod
+    def _write(self, array: Array, values: NDArray[np.uint8]) -> None: ...
+
+    @abstractmethod
+    def _compile(self, source: Source) -> Any: ...
+
+    @abstractmethod
+    def _launch(
+        self, module: Any, kernel: str, grid: Size, block: Size, arguments: Sequence[Argument], shared_bytes: int
+    ) -> None: ...
+
+    @abstractmethod
+    def _capture(self) -> Any:
+        """A context in which launches are noted down; gives a list that holds the result when it ends."""
+
+    @abstractmethod
+    def _replay(self, captured: Any) -> None: ...
+
+    @abstractmethod
+    def _synchronize(self) -> None: ...
+
+
+def _three(size: Size) -> tuple[int, int, int]:
+    x, y, z, *_ = (*((size,) if isinstance(size, int) else size), 1, 1, 1)
+    return x, y, z
+
+
+def _check_sizes(kernel: str, grid: Size, block: Size, shared_bytes: int) -> None:
+    grid, block = _three(grid), _three(block)
+    if min(block) < 1 or math.prod(block) > LARGEST_BLOCK or block[2] > 64:
+        raise ValueError(f"{kernel}: a block of {block} threads; at most {LARGEST_BLOCK}, in z 64")
+    if min(grid) < 1 or any(n > most for n, most in zip(grid, LARGEST_GRID, strict=True)):
+        raise ValueError(f"{kernel}: a grid of {grid} blocks; at most {LARGEST_GRID}")
+    if not 0 <= shared_bytes <= LARGEST_SHARED_BYTES:
+        raise ValueError(f"{kernel}: {shared_bytes} bytes of shared memory; at most {LARGEST_SHARED_BYTES}")
+
+
+@dataclass(eq=False)
+class HostDevice(Device):
+    """The .cu files on the CPU.
+
+    mode: "check" (bounds, alignment and other undefined behaviour, the default), "fast", "debug" for gdb, "address" and
+    "thread" for AddressSanitizer and ThreadSanitizer (see host/sanitize.py).
+    order: of threads woken together and of blocks: "forward", "reverse", or "seeded", drawn from `seed`.
+    defines: preprocessor names given to every kernel.
+    One Python thread at a time may launch: fibers know nothing of threads.
+    InputError if there is no g++, or it is too old.
+    """
+
+    mode: str = "check"
+    order: str = "forward"
+    seed: int = 0
+    defines: tuple[str, ...] = ()
+    _recording: list[Callable[[], None]] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        for given, known in ((self.order, ORDERS), (self.mode, MODES)):
+            if given not in known:
+                raise ValueError(f"{given!r} is none of {', '.join(known)}")
+        compiler()
+        require(self.mode)
+
+    def _allocate(self, size: int) -> tuple[Any, int]:
+        memory = HostMemory(size)
+        return memory, memory.address
+
+    def _bytes(self, array: Array) -> NDArray[np.uint8]:
+        start = array.address - array.memory.address
+        return array.memory.bytes[start : start + array.nbytes]
+
+    def _read(self, array: Array) -> bytearray:
+        return bytearray(self._bytes(array))
+
+    def _write(self, array: Array, values: NDArray[np.uint8]) -> None:
+        self._bytes(array)[:] = values
+
+    def _compile(self, source: Source) -> Any:
+        name = source.file.removesuffix(".cu")
+        return HostModule(build(source.text, source.kernels, name, self.mode, self.defines), source.kernels)
+
+    def _launch(
+        self, module: Any, kernel: str, grid: Size, block: Size, arguments: Sequence[Argument], shared_bytes: int
+    ) -> None:
+        function = module.kernels[kernel]
+        packed = function.pack(
+            [Pointer(a.memory, a.address, a.dtype) if isinstance(a, Array) else a for a in arguments]
+        )
+
+        def run() -> None:
+            function.launch(grid, block, packed, shared_bytes, self.order, self.seed)
+
+        if self._recording is None:
+            run()
+        else:
+            self._recording.append(run)
+
+    @contextmanager
+    def _capture(self) -> Iterator[list[Any]]:
+        launches: list[Callable[[], None]] = []
+        self._recording = launches
+        try:
+            yield [launches]
+        finally:
+            self._recording = None
+
+    def _replay(self, captured: Any) -> None:
+        for run in captured:
+            run()
+
+    def _synchronize(self) -> None:
+        """Every launch has run when it returns."""
+
+
+@dataclass(eq=False)
+class CudaDevice(Device):
+    """A card, through CuPy.
+
+    arch: what NVRTC compiles for, like "sm_90a"; by default the card's own, of which CuPy leaves out the "a".
+    InputError if there is no CuPy, no driver or no card.
+    """
+
+    arch: str | None = None
+    _cupy: Any = field(default=None, init=False)
+    _stream: Any = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self._cupy = _import_cupy()
+        self._stream = self._cupy.cuda.Stream(non_blocking=True)
+
+    def _allocate(self, size: int) -> tuple[Any, int]:
+        with self._stream:
+            memory = self._cupy.cuda.alloc(size)
+        return memory, memory.ptr
+
+    def _bytes(self, array: Array) -> Any:
+        cupy = self._cupy
+        return cupy.ndarray((array.nbytes,), cupy.uint8, array.memory + (array.address - array.memory.ptr))
+
+    def _read(self, array: Array) -> bytearray:
+        with self._stream:
+            return bytearray(self._bytes(array).get())
+
+    def _write(self, array: Array, values: NDArray[np.uint8]) -> None:
+        with self._stream:
+            self._bytes(array).set(values)
+        self._stream.synchronize()  # `values` may change once this returns
+
+    def _compile(self, source: Source) -> Any:
+        options = ("-std=c++17", *((f"-arch={self.arch}",) if self.arch else ()))
+        module = self._cupy.RawModule(code=source.text, options=options, name_expressions=source.kernels)
+        return {name: module.get_function(name) for name in source.kernels}
+
+    def _launch(
+        self, module: Any, kernel: str, grid: Size, block: Size, arguments: Sequence[Argument], shared_bytes: int
+    ) -> None:
+        function = module[kernel]
+        if shared_bytes > PLAIN_SHARED_BYTES:
+            function.max_dynamic_shared_size_bytes = shared_bytes
+        passed = tuple(
+            np.uint64(getattr(a, "address", 0)) if a is None or isinstance(a, Array) else a for a in arguments
+        )
+        with self._stream:
+            function(grid, block, passed, shared_mem=shared_bytes)
+
+    @contextmanager
+    def _capture(self) -> Iterator[list[Any]]:
+        captured: list[Any] = []
+        with self._stream:
+            self._stream.begin_capture()
+            try:
+                yield captured
+            finally:
+                captured.append(self._stream.end_capture())  # also on an error: the stream is useless until it ends
+
+    def _replay(self, captured: Any) -> None:
+        captured.launch(self._stream)
+
+    def _synchronize(self) -> None:
+        self._stream.synchronize()
+
+
+def _import_cupy() -> Any:
+    elsewhere = 'or run the kernels on the CPU with device "host"'
+    try:
+        import cupy
+    except ImportError as error:
+        raise InputError(f"device cuda needs CuPy: pip install 'neox20b[cuda13]' (or cuda12), {elsewhere}") from error
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise InputError(f"no CUDA driver that CuPy can use ({error}): install NVIDIA's driver, {elsewhere}") from error
+    if count == 0:
+        raise InputError(f"no CUDA device was found, {elsewhere}")
+    return cupy
+
+
+def open_device(name: str, **options: Any) -> Device:
+    """The device "cuda" or "host", with the options of its class. InputError says what is missing."""
+    devices: dict[str, Callable[..., Device]] = {"cuda": CudaDevice, "host": HostDevice}
+    if name not in devices:
+        raise InputError(f"no device {name!r}: there are cuda and host")
+    return devices[name](**options)

@@ -1,0 +1,1 @@
+"""The host device: CUDA sources compiled with g++, each CUDA thread a fiber."""

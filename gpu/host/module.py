@@ -1,0 +1,131 @@
+"""Kernels of a compiled library: arguments checked against their parameters, faults told with thread and line."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from neox.gpu.host.memory import HostMemory, describe
+
+ORDERS = {"forward": 0, "reverse": 1, "seeded": 2}
+Size = tuple[int, int, int]
+
+
+class KernelError(RuntimeError):
+    """A kernel did what it may not. The text names the kernel, its launch, block, thread and source line."""
+
+
+class Launch(ctypes.Structure):  # schedule.h
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("order", ctypes.c_int),
+        ("seed", ctypes.c_uint64),
+    ]
+
+
+class Failure(ctypes.Structure):  # schedule.h
+    _fields_ = [("text", ctypes.c_char * 4096), ("program_counter", ctypes.c_size_t), ("address", ctypes.c_size_t)]
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """An argument that is an array."""
+
+    memory: HostMemory
+    address: int
+    dtype: np.dtype
+
+
+Argument = Pointer | np.generic | None
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Arguments as cuLaunchKernel takes them: pointers to values, with all that must stay alive meanwhile."""
+
+    pointers: ctypes.Array[ctypes.c_void_p]
+    values: list[np.ndarray]
+    memories: list[HostMemory]
+
+
+class HostModule:
+    """The kernels of one library, by the names they were instantiated under."""
+
+    def __init__(self, library: Path, kernels: tuple[str, ...]) -> None:
+        self.path = library
+        self.library = ctypes.CDLL(str(library))
+        self.library.last_failure.restype = ctypes.POINTER(Failure)
+        self.kernels = {name: HostKernel(self, i, name) for i, name in enumerate(kernels)}
+
+    def source_line(self, program_counter: int) -> str:
+        """Of an instruction, as " at FILE:LINE", by binutils' addr2line, which comes with g++; empty if unknown."""
+        base = _load_address(self.path)
+        if not program_counter or program_counter < base:
+            return ""
+        command = ["addr2line", "-i", "-s", "-e", str(self.path), hex(program_counter - base)]
+        lines = subprocess.run(command, capture_output=True, text=True).stdout.split("\n")
+        return next((f" at {line.split(' ')[0]}" for line in lines if ".cu" in line), "")
+
+
+class HostKernel:
+    def __init__(self, module: HostModule, index: int, name: str) -> None:
+        signature = getattr(module.library, f"signature_{index}")
+        signature.restype = ctypes.c_char_p
+        self.module = module
+        self.name = name
+        self.parameters = [p for p in signature().decode().split(",") if p]
+        self._launch = getattr(module.library, f"launch_{index}")
+        self._launch.restype = ctypes.c_bool
+
+    def pack(self, arguments: Sequence[Argument]) -> Packed:
+        """TypeError if an argument is not of the very type that the kernel takes."""
+        if len(arguments) != len(self.parameters):
+            raise TypeError(f"{self.name} takes {len(self.parameters)} arguments, not {len(arguments)}")
+        values = []
+        for i, (argument, parameter) in enumerate(zip(arguments, self.parameters, strict=True)):
+            self._check(i, argument, parameter)
+            value = getattr(argument, "address", 0) if parameter.endswith("*") else argument
+            values.append(np.array([value], np.uint64 if parameter.endswith("*") else None))
+        pointers = (ctypes.c_void_p * len(values))(*(v.ctypes.data for v in values))
+        return Packed(pointers, values, [a.memory for a in arguments if isinstance(a, Pointer)])
+
+    def _check(self, i: int, argument: Argument, parameter: str) -> None:
+        if isinstance(argument, Pointer):
+            given = f"{argument.dtype}*"
+        else:
+            given = "a null pointer" if argument is None else str(argument.dtype)
+        wanted = parameter.removeprefix("const ")
+        if given != wanted and not (argument is None and wanted.endswith("*")):
+            raise TypeError(f"argument {i} of {self.name} is {given}, but the kernel takes {parameter}")
+
+    def launch(self, grid: Size, block: Size, packed: Packed, shared_bytes: int, order: str, seed: int) -> None:
+        """Run every block. KernelError says what went wrong."""
+        sizes = (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(*block)
+        request = Launch(*sizes, shared_bytes, ORDERS[order], seed)
+        failed = self._launch(ctypes.byref(request), packed.pointers)
+        title = f"{self.name} <<<{grid}, {block}, {shared_bytes}>>>"
+        if failed:
+            raise KernelError(f"{title}: {self._what_failed()}")
+        for memory in packed.memories:
+            where = memory.trespass()
+            if where:
+                raise KernelError(f"{title}: some thread wrote {where}")
+
+    def _what_failed(self) -> str:
+        failure = self.module.library.last_failure().contents
+        where = describe(failure.address) if failure.address else ""
+        return failure.text.decode() + where + self.module.source_line(failure.program_counter)
+
+
+def _load_address(library: Path) -> int:
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(str(library)):
+            return int(line.split("-")[0], 16)
+    return 0

@@ -1,0 +1,82 @@
+// The PTX instructions that CUDA C++ has no word for: all inline assembly of the project is in this file. Beside each
+// stands what the host device runs instead. sm_80 and newer.
+//
+// Fragments: PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type" and "ldmatrix"; the host's version
+// spells the layouts out (host/tensor_core.h).
+#pragma once
+#include "types.cuh"
+
+#ifdef NEOX_HOST
+
+// d += a b: 16x16 times 16x8, in 16 bits, accumulated in float. All 32 lanes.
+template <class T>
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    host::mma_m16n8k16<T>(d, a, b, d);
+}
+
+// 4 or 2 matrices of 8x8 16-bit elements from shared memory: lane 8i+r gives the address of row r of matrix i, a
+// multiple of 16 bytes. All 32 lanes.
+__device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], const void* row) {
+    host::load_matrix<4, false>(r, row);
+}
+__device__ __forceinline__ void load_matrix_x2(uint32_t (&r)[2], const void* row) {
+    host::load_matrix<2, false>(r, row);
+}
+__device__ __forceinline__ void load_matrix_x2_transposed(uint32_t (&r)[2], const void* row) {
+    host::load_matrix<2, true>(r, row);
+}
+
+// 16 bytes from global to shared memory, zeros if not `wanted`; they are there once their group has been waited for.
+__device__ __forceinline__ void copy_async_16(void* shared, const void* global, bool wanted) {
+    host::async_copy(shared, global, 16, wanted ? 16 : 0);
+}
+__device__ __forceinline__ void copy_async_commit() { host::async_commit(); }
+template <int KEEP> __device__ __forceinline__ void copy_async_wait() { host::async_wait(KEEP); }  // for all but KEEP
+
+#else
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+template <class T> struct Mma;
+#define DEFINE_MMA(T, NAME)                                                                                          \
+    template <> struct Mma<T> {                                                                                      \
+        static __device__ __forceinline__ void run(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {  \
+            asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME ".f32 "                              \
+                         "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                                     \
+                         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                            \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                        \
+        }                                                                                                            \
+    };
+DEFINE_MMA(__half, "f16")
+DEFINE_MMA(__nv_bfloat16, "bf16")
+template <class T>
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    Mma<T>::run(d, a, b);
+}
+
+__device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+}
+__device__ __forceinline__ void load_matrix_x2(uint32_t (&r)[2], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0,%1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1]) : "r"(shared_address(row)) : "memory");
+}
+__device__ __forceinline__ void load_matrix_x2_transposed(uint32_t (&r)[2], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1]) : "r"(shared_address(row)) : "memory");
+}
+
+__device__ __forceinline__ void copy_async_16(void* shared, const void* global, bool wanted) {
+    int bytes = wanted ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :: "r"(shared_address(shared)), "l"(global), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int KEEP> __device__ __forceinline__ void copy_async_wait() {
+    asm volatile("cp.async.wait_group %0;" :: "n"(KEEP) : "memory");
+}
+
+#endif

@@ -1,0 +1,24 @@
+// The only file, beside ptx.cuh, that knows of the two compilers: what NVRTC lacks or spells otherwise, and the three
+// dtypes. Kernels are templates over the dtype T they store; all of them compute in float.
+#pragma once
+
+#ifndef NEOX_HOST
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+typedef unsigned short uint16_t;  // NVRTC has no <cstdint>
+typedef unsigned int uint32_t;
+#define DYNAMIC_SHARED(T, name)                                      \
+    extern __shared__ __align__(16) unsigned char dynamic_shared_[]; \
+    T* name = reinterpret_cast<T*>(dynamic_shared_)
+#endif
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <class T> __device__ __forceinline__ T from_float(float x);  // rounds to nearest even
+template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
+template <> __device__ __forceinline__ __half from_float<__half>(float x) { return __float2half_rn(x); }
+template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+    return __float2bfloat16_rn(x);
+}

@@ -1,0 +1,248 @@
+"""What each PTX instruction does to a machine. A kernel that needs one more adds it here.
+
+Source: NVIDIA, "Parallel Thread Execution ISA", the section of each instruction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from ml_dtypes import bfloat16
+from ptx_machine import BITS, SPACES, TYPES, Machine, PtxError, Values, registers
+from ptx_program import Instruction
+
+RELATIONS = {
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+}
+
+
+def only(i: Instruction, *modifiers: str) -> None:
+    """NotImplementedError if an instruction has a modifier, beside its types, that is not among these."""
+    if not set(i.modifiers) <= {*modifiers, *TYPES}:
+        raise NotImplementedError(f"PTX: {i}")
+
+
+def elementwise(function: Callable[..., Values]) -> Callable[[Machine, Instruction], None]:
+    """d = f(a, b, ...), all of one type."""
+
+    def run(m: Machine, i: Instruction) -> None:
+        only(i, "rn", "ftz", "approx", "lo", "to", "global")
+        result = function(*(m.read(operand, i.kind) for operand in i.operands[1:]))
+        m.write(i.operands[0], np.asarray(result).astype(TYPES[i.kind]))
+
+    return run
+
+
+def shifted(function: Callable[[Values, Values], Values]) -> Callable[[Machine, Instruction], None]:
+    """Shifts by the width or more, which PTX defines and C does not, are refused."""
+
+    def run(m: Machine, i: Instruction) -> None:
+        value, by = m.read(i.operands[1], i.kind), m.read(i.operands[2], "u32")
+        width = 8 * value.itemsize
+        if (by >= width).any():
+            raise PtxError(f"shift by the width or more in {i}")
+        m.write(i.operands[0], function(value, by.astype(value.dtype)))
+
+    return run
+
+
+# Arithmetic.
+
+
+def multiply(m: Machine, i: Instruction) -> None:
+    only(i, "rn", "ftz", "lo", "wide")
+    a, b = m.read(i.operands[1], i.kind), m.read(i.operands[2], i.kind)
+    if "wide" in i.modifiers:
+        double = TYPES[f"{i.kind[0]}{2 * int(i.kind[1:])}"]
+        a, b = a.astype(double), b.astype(double)
+    m.write(i.operands[0], a * b)
+
+
+def fused_multiply_add(m: Machine, i: Instruction) -> None:
+    only(i, "rn", "rm", "ftz")
+    a, b, c = (m.read(operand, i.kind).astype(np.float64) for operand in i.operands[1:])
+    exact = a * b + c
+    rounded = exact.astype(TYPES[i.kind])
+    if "rm" in i.modifiers:  # towards minus infinity
+        rounded = np.where(rounded > exact, np.nextafter(rounded, rounded.dtype.type(-np.inf)), rounded)
+    m.write(i.operands[0], rounded)
+
+
+def convert(m: Machine, i: Instruction) -> None:
+    only(i, "rn", "rzi", "ftz", "sat")
+    to, source = i.modifiers[-2:]
+    value = m.read(i.operands[1], source)
+    if "rzi" in i.modifiers:
+        value = np.trunc(value)
+    if "sat" in i.modifiers:
+        value = np.clip(np.nan_to_num(value, nan=0), 0, 1)
+    m.write(i.operands[0], value.astype(TYPES[to]))
+
+
+def compare(m: Machine, i: Instruction) -> None:
+    only(i, "ftz", *RELATIONS)
+    a, b = m.read(i.operands[1], i.kind), m.read(i.operands[2], i.kind)
+    m.write(i.operands[0], RELATIONS[i.modifiers[0]](a, b))
+
+
+def select(m: Machine, i: Instruction) -> None:
+    a, b = m.read(i.operands[1], i.kind), m.read(i.operands[2], i.kind)
+    m.write(i.operands[0], np.where(m.read(i.operands[3], "pred"), a, b))
+
+
+def move(m: Machine, i: Instruction) -> None:
+    if "<" in "".join(i.operands):
+        raise NotImplementedError(f"PTX: {i}")
+    m.write(i.operands[0], m.read(i.operands[1], i.kind))
+
+
+# Memory.
+
+
+def space_of(i: Instruction) -> str:
+    return next(modifier for modifier in i.modifiers if modifier in SPACES)
+
+
+def load(m: Machine, i: Instruction) -> None:
+    only(i, *SPACES, "nc", "v2", "v4")
+    dtype = np.dtype(TYPES[i.kind])
+    if space_of(i) == "param":
+        m.write(i.operands[0], np.full(m.threads, np.asarray(m.parameters[i.operands[1][1:-1]]).astype(dtype)))
+        return
+    into = registers(i.operands[0])
+    loaded = m.load(space_of(i), m.address(i.operands[1]), dtype.itemsize * len(into))
+    for k, register in enumerate(into):
+        value = np.zeros(m.threads, dtype)
+        part = loaded[:, k * dtype.itemsize : (k + 1) * dtype.itemsize]
+        value[m.active] = np.ascontiguousarray(part).view(dtype)[:, 0]
+        m.write(register, value)
+
+
+def store(m: Machine, i: Instruction) -> None:
+    only(i, *SPACES, "v2", "v4")
+    parts = [m.read(register, i.kind)[m.active] for register in registers(i.operands[1])]
+    values = np.ascontiguousarray(np.stack(parts, axis=1)).view(np.uint8)
+    m.store(space_of(i), m.address(i.operands[0]), values)
+
+
+def copy_async(m: Machine, i: Instruction) -> None:
+    """cp.async at once. Its groups order nothing here: threads step together."""
+    if "commit_group" in i.modifiers or "wait_group" in i.modifiers:
+        return
+    to, source, width = m.address(i.operands[0]), m.address(i.operands[1]), int(i.operands[2])
+    wanted = m.read(i.operands[3], "u32")[m.active]
+    values = np.zeros((len(to), width), np.uint8)
+    if (wanted % width).any():
+        raise NotImplementedError(f"PTX: {i} of a part of the bytes")
+    everyone = m.active
+    m.active = everyone.copy()
+    m.active[everyone] = wanted > 0
+    values[wanted > 0] = m.load("global", source[wanted > 0], width)
+    m.active = everyone
+    m.store("shared", to, values)
+
+
+# Control.
+
+
+def branch(m: Machine, i: Instruction) -> None:
+    m.next[m.active] = m.program.labels[i.operands[0]]
+
+
+def leave(m: Machine, _: Instruction) -> None:
+    m.running &= ~m.active
+
+
+def barrier(m: Machine, i: Instruction) -> None:
+    if i.modifiers[0] == "warp":
+        m.whole_warps(i)
+    elif not m.active.all():
+        raise PtxError(f"only some threads are at {i}")
+
+
+# Warps.
+
+
+def shuffle(m: Machine, i: Instruction) -> None:
+    m.whole_warps(i)
+    segment, mask = (m.read(operand, "s32")[m.active] for operand in i.operands[3:])
+    if i.modifiers[1] != "bfly" or (segment != 31).any() or (mask != -1).any():
+        raise NotImplementedError(f"PTX: {i}")
+    register, _, valid = i.operands[0].partition("|")
+    source = np.arange(m.threads) ^ m.read(i.operands[2], "u32").astype(np.int64)
+    m.write(register, m.read(i.operands[1], "b32")[source])
+    if valid:
+        m.write(valid, np.ones(m.threads, bool))
+
+
+def load_matrix(m: Machine, i: Instruction) -> None:
+    """Lane 8k+r gives the address of row r of matrix k; lane l receives row l/4, columns 2(l%4) and the next."""
+    m.whole_warps(i)
+    into = registers(i.operands[0])
+    addresses = np.zeros(m.threads, np.int64)
+    addresses[m.active] = m.address(i.operands[1])
+    warps = addresses.reshape(-1, 32)[m.active.reshape(-1, 32).all(1)]
+    for k, register in enumerate(into):
+        rows = warps[:, 8 * k : 8 * k + 8].reshape(-1)
+        matrices = m.load("shared", rows, 16).view(np.uint16).reshape(-1, 8, 8)
+        if "trans" in i.modifiers:
+            matrices = matrices.swapaxes(1, 2)
+        value = np.zeros(m.threads, np.uint32)
+        value[m.active] = np.ascontiguousarray(matrices).view(np.uint32).reshape(-1)
+        m.write(register, value)
+
+
+def multiply_matrices(m: Machine, i: Instruction) -> None:
+    """mma.m16n8k16. Lane l, with g = l/4 and t = l%4, holds a[k] = A[g + 8(k%2)][2t + 8(k/2) ..+1], b[k] = B[2t + 8k
+    ..+1][g] and c[k] = C[g + 8(k/2)][2t + k%2]."""
+    m.whole_warps(i)
+    dtype = {"f16": np.float16, "bf16": bfloat16}[i.modifiers[-2]]
+    d, a, b, c = (registers(operand) for operand in i.operands)
+    pairs_a, pairs_b = (np.stack([m.read(r, "b32") for r in names], axis=1) for names in (a, b))
+    halves_a, halves_b = (x.view(BITS[2]).view(dtype).astype(np.float32) for x in (pairs_a, pairs_b))
+    sums = np.stack([m.read(r, "f32") for r in c], axis=1)
+    # (warp, g, t, k/2, k%2, half) and (warp, g, t, k, half), to (row, column)
+    A = halves_a.reshape(-1, 8, 4, 2, 2, 2).transpose(0, 4, 1, 3, 2, 5).reshape(-1, 16, 16)
+    B = halves_b.reshape(-1, 8, 4, 2, 2).transpose(0, 3, 2, 4, 1).reshape(-1, 16, 8)
+    product = (A @ B).reshape(-1, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(-1, 4)
+    for k, register in enumerate(d):
+        m.write(register, sums[:, k] + product[:, k])
+
+
+OPERATIONS: dict[str, Callable[[Machine, Instruction], None]] = {
+    "abs": elementwise(np.abs),
+    "add": elementwise(np.add),
+    "and": elementwise(np.bitwise_and),
+    "bar": barrier,
+    "bra": branch,
+    "copysign": elementwise(lambda sign, size: np.copysign(size, sign)),
+    "cp": copy_async,
+    "cvt": convert,
+    "cvta": elementwise(lambda address: address),
+    "div": elementwise(np.divide),
+    "ex2": elementwise(np.exp2),
+    "fma": fused_multiply_add,
+    "ld": load,
+    "ldmatrix": load_matrix,
+    "mad": elementwise(lambda a, b, c: a * b + c),
+    "mma": multiply_matrices,
+    "mov": move,
+    "mul": multiply,
+    "neg": elementwise(np.negative),
+    "rcp": elementwise(np.reciprocal),
+    "ret": leave,
+    "selp": select,
+    "setp": compare,
+    "shfl": shuffle,
+    "shl": shifted(np.left_shift),
+    "shr": shifted(np.right_shift),
+    "sqrt": elementwise(np.sqrt),
+    "st": store,
+    "sub": elementwise(np.subtract),
+}

@@ -1,0 +1,155 @@
+"""Wrong kernels: each differs from the right one in one place, and the check named beside it must fail.
+
+A mutant counts as killed if, on any of the cases, a result is wrong or the host device reports a fault.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+from devices import SCHEDULES, host
+from test_kernels_embedding import check_embedding
+from test_kernels_gelu import check_gelu, check_tail
+from test_kernels_layer_norm import check_block, check_naive, check_pair
+
+from neox.gpu import ops
+from neox.gpu.host.module import KernelError
+from neox.gpu.source import KERNELS, Source
+
+CASES: dict[Callable[..., None], tuple[str, list[tuple]]] = {
+    # check: the source it launches, and its cases, which the right kernel must pass
+    check_block: ("LAYER_NORM", [(3, 257, "float32"), (2, 1025, "float16", 1000), (2, 40, "bfloat16", 0, 80000)]),
+    check_naive: ("LAYER_NORM", [(33, 37, "float32"), (2, 40, "float16", 1000)]),
+    check_pair: ("LAYER_NORM", [(3, 257, "float32"), (2, 1025, "float16", 5)]),
+    check_embedding: ("EMBEDDING", [(3, 11, 257, "float32"), (5, 7, 120, "float16")]),
+    check_gelu: ("GELU", [(3, 257, a, d, 2) for a in ("gelu", "gelu_fast") for d in ("float32", "float16")]),
+    check_tail: ("GELU", [("gelu",), ("gelu_fast",)]),
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    file: str
+    right: str
+    wrong: str
+    check: Callable[..., None]
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.right.strip()} -> {self.wrong.strip() or 'nothing'}"
+
+
+def mutants(file: str, check: Callable[..., None], *changes: tuple[str, str]) -> list[Mutant]:
+    return [Mutant(file, right, wrong, check) for right, wrong in changes]
+
+
+MUTANTS = [
+    *mutants(
+        "common.cuh",
+        check_block,
+        ("__syncthreads();  // each warp's sum", "// each warp's sum"),
+        ("__syncthreads();  // all have read", "// all have read"),
+        ("flip = 16", "flip = 8"),
+        ("flip > 0", "flip > 1"),
+        ("lane < warps", "lane <= warps"),
+        ("lane < warps", "lane < warps - 1"),
+        ("partial[warp] = x", "partial[0] = x"),
+    ),
+    *mutants("types.cuh", check_block, ("__float2half_rn(x)", "__float2half_rn(x * 1.0005f)")),
+    *mutants(
+        "layer_norm.cu",
+        check_block,
+        ("c < C; c += blockDim.x) sum +=", "c < C - 1; c += blockDim.x) sum +="),
+        ("c < C; c += blockDim.x) squares", "c <= C; c += blockDim.x) squares"),
+        ("(row[c] - mean) * (row[c] - mean);\n    return", "row[c] * row[c] - mean * mean;\n    return"),
+        ("block_sum(squares, partial) / C + eps", "block_sum(squares, partial) / (C - 1) + eps"),
+        ("block_sum(squares, partial) / C + eps", "block_sum(squares, partial) / C"),
+        ("block_sum(sum, partial) / C;", "to_float(from_float<__half>(block_sum(sum, partial) / C));"),
+        ("return {mean, 1.0f / sqrtf", "return {0.0f, 1.0f / sqrtf"),
+        ("* to_float(weight) + to_float(bias));", "* to_float(weight));"),
+        ("* to_float(weight) + to_float(bias));", "+ to_float(bias));"),
+        ("s, weight[c], bias[c]", "s, bias[c], weight[c]"),
+        ("normalized(x[first + c], s, weight[c]", "normalized(x[c], s, weight[c]"),
+    ),
+    *mutants(
+        "layer_norm.cu",
+        check_naive,
+        ("if (n >= N) return;", "if (n > N) return;"),
+        ("if (n >= N) return;", "if (n >= N - 1) return;"),
+        ("mean = sum / C", "mean = sum / (C + 1)"),
+        ("blockIdx.x * blockDim.x + threadIdx.x", "threadIdx.x"),
+    ),
+    *mutants(
+        "layer_norm.cu",
+        check_pair,
+        ("weight2[c], bias2[c]", "weight1[c], bias2[c]"),
+        ("weight2[c], bias2[c]", "weight2[c], bias1[c]"),
+        ("s, weight1[c]", "s, weight2[c]"),
+        ("y2[first + c] =", "y1[first + c] ="),
+    ),
+    *mutants(
+        "embedding.cu",
+        check_embedding,
+        ("c < C", "c < C - 1"),
+        ("c < C", "c <= C"),
+        ("ids[blockIdx.x]", "blockIdx.x"),
+        ("ids[blockIdx.x]) * C", "ids[blockIdx.x]) * (C - 1)"),
+        ("x + static_cast<long long>(blockIdx.x) * C", "x"),
+    ),
+    *mutants(
+        "gelu.cu",
+        check_gelu,
+        ("x[i] + to_float(bias[f])", "x[i]"),
+        ("to_float(bias[f])", "to_float(bias[0])"),
+        ("f >= F", "f >= F - 1"),
+        ("f >= F", "f > F"),
+        ("blockIdx.y) * F", "blockIdx.y) * (F + 1)"),
+        ("0.044715f", "0.0447f"),
+        ("0.79788456f", "0.7978f"),
+        ("return x / (1.0f + expf(-2.0f * u))", "return 0.5f * x * erfcf(-0.70710678f * x)"),
+        ("return 0.5f * x * erfcf(-0.70710678f * x)", "return x / (1.0f + expf(-1.702f * x))"),
+    ),
+    *mutants(
+        "gelu.cu",
+        check_tail,
+        ("-0.70710678f", "-0.70711f"),
+        ("0.5f * x * erfcf(-0.70710678f * x)", "0.5f * x * (1.0f + erff(0.70710678f * x))"),
+        ("return x / (1.0f + expf(-2.0f * u))", "return 0.5f * x * (1.0f + tanhf(u))"),
+    ),
+]
+
+
+def survives(check: Callable[..., None]) -> bool:
+    try:
+        for case in CASES[check][1]:
+            for schedule in SCHEDULES:
+                check(host(*schedule), *case)
+    except (AssertionError, KernelError):
+        return False
+    return True
+
+
+def altered(source: Source, mutant: Mutant | None, folder: Path) -> Source:
+    for path in (*KERNELS.glob("*.cuh"), KERNELS / source.file):
+        shutil.copy(path, folder)
+    if mutant:
+        text = (folder / mutant.file).read_text()
+        assert text.count(mutant.right) >= 1, "the mutant no longer fits the kernel"
+        (folder / mutant.file).write_text(text.replace(mutant.right, mutant.wrong, 1))
+    return replace(source, folder=folder)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_mutant_is_killed(mutant: Mutant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEOX_CACHE", str(tmp_path))
+    name = CASES[mutant.check][0]
+    monkeypatch.setattr(ops, name, altered(getattr(ops, name), mutant, tmp_path))
+    assert not survives(mutant.check)
+
+
+@pytest.mark.parametrize("check", CASES, ids=lambda check: check.__name__)
+def test_the_right_kernel_survives(check: Callable[..., None]) -> None:
+    assert survives(check)

@@ -1,0 +1,34 @@
+"""A part of the kernels' own tests under ThreadSanitizer and AddressSanitizer, which must have nothing to say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from neox.gpu.host.sanitize import environment
+
+PROGRAM = """
+import sys
+from devices import host
+from test_kernel_mutants import CASES
+for order in ("forward", "reverse"):
+    for check, (_, cases) in CASES.items():
+        for case in cases:
+            check(host(order, 0, sys.argv[1]), *case)
+print("all checks pass")
+"""
+
+
+@pytest.mark.parametrize("mode", ["thread", "address"])
+def test_the_kernels_run_clean(mode: str) -> None:
+    command = [sys.executable, "-c", PROGRAM, mode]
+    result = subprocess.run(command, env=environment(mode) | python_path(), capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "all checks pass\n"), result.stdout + result.stderr
+    assert "Sanitizer" not in result.stderr, result.stderr
+
+
+def python_path() -> dict[str, str]:
+    """So that the process finds the tests' modules where this one does."""
+    return {"PYTHONPATH": ":".join(path for path in sys.path if path)}
