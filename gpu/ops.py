@@ -7,6 +7,8 @@ ValueError says which argument has the wrong shape or dtype.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from neox.gpu.device import Array
@@ -21,9 +23,29 @@ LAYER_NORM = Source(
     tuple(f"{name}<{T}>" for name in ("layer_norm_naive", "layer_norm", "layer_norm_pair") for T in TYPES.values()),
 )
 GELU = Source("gelu.cu", tuple(f"bias_gelu<{T}, {a}>" for T in TYPES.values() for a in ACTIVATIONS.values()))
-SOURCES = (EMBEDDING, LAYER_NORM, GELU)
+ROTARY_APPEND = Source("rotary_append.cu", tuple(f"rotary_append<{T}>" for T in TYPES.values()))
+HEAD_DIMS = (32, 64, 80, 96, 128, 256)  # of the published models
+ATTENTION_DECODE = Source(
+    "attention_decode.cu",
+    tuple(
+        name
+        for T in TYPES.values()
+        for name in (
+            f"attention_decode_naive<{T}>",
+            f"attention_decode_combine<{T}>",
+            *(f"attention_decode_split<{T}, {D}>" for D in HEAD_DIMS),
+        )
+    ),
+)
+RESIDUAL = Source(
+    "residual.cu", tuple(f"{name}<{T}>" for name in ("residual", "residual_pair") for T in TYPES.values())
+)
+ARGMAX = Source("argmax.cu", ("argmax",))
+ADVANCE = Source("advance.cu", ("advance",))
+SOURCES = (EMBEDDING, LAYER_NORM, GELU, ROTARY_APPEND, ATTENTION_DECODE, RESIDUAL, ARGMAX, ADVANCE)
 
 THREADS = 256  # of a block whose work any number of threads can share
+ATTENTION_THREADS = 128  # as in attention_decode.cu
 
 
 def type_of(array: Array) -> str:
@@ -77,6 +99,121 @@ def bias_gelu(x: Array, bias: Array, activation: str, out: Array) -> None:
     expect("out", out, (N, F), bias.dtype)
     kernel = f"bias_gelu<{type_of(bias)}, {ACTIVATIONS[activation]}>"
     out.device.launch(GELU, kernel, (-(-F // THREADS), N), THREADS, (x, bias, out, np.int32(F)))
+
+
+def rotary_append(
+    qkv: Array,
+    bias: Array | None,
+    cos: Array,
+    sin: Array,
+    texts: Array,
+    positions: Array,
+    q: Array,
+    keys: Array,
+    values: Array,
+) -> None:
+    """Bias and rotation of N positions, each of a text of the cache, to which their keys and values are appended.
+
+    qkv: float32 (N,3C) of the product; bias: (3C) or None; cos, sin: float32 (P,R/2); texts, positions: int32 (N),
+    which must lie in the cache and the tables; q: (N,C); keys, values: (B,H,S,D).
+    """
+    (N, C), (_, H, S, D), (P, half) = q.shape, keys.shape, cos.shape
+    _check_cache(q, keys, values, texts, positions)
+    expect("qkv", qkv, (N, 3 * C), np.float32)
+    if bias is not None:
+        expect("bias", bias, (3 * C,), q.dtype)
+    for table in (cos, sin):
+        expect("cos and sin", table, (P, half), np.float32)
+    if not 0 < 2 * half <= D:
+        raise ValueError(f"{2 * half} of {D} dims cannot be rotated")
+    sizes = (np.int32(H), np.int32(D), np.int32(2 * half), np.int32(S))
+    arguments = (qkv, bias, cos, sin, texts, positions, q, keys, values, *sizes)
+    q.device.launch(ROTARY_APPEND, f"rotary_append<{type_of(q)}>", N * H, min(D, THREADS), arguments)
+
+
+def attention_decode(
+    q: Array, keys: Array, values: Array, texts: Array, positions: Array, partial: Array, out: Array
+) -> None:
+    """One query of each of N texts over the cache: (N,C), 2 x (B,H,S,D), 2 x int32 (N) -> (N,C).
+
+    A query sees the positions of its text up to its own. partial: float32 (N,H,splits,D+2), of as many splits as the
+    keys are to be shared out over. D must be a multiple of 8, up to 768.
+    """
+    _check_cache(q, keys, values, texts, positions)
+    (N, C), (_, H, S, D), splits = q.shape, keys.shape, partial.shape[2]
+    if D % 8 or D > 768:
+        raise ValueError(f"head_dim must be a multiple of 8, at most 768, not {D}")
+    expect("partial", partial, (N, H, splits, D + 2), np.float32)
+    expect("out", out, (N, C), q.dtype)
+    T = type_of(q)
+    names = (f"attention_decode_split<{T}, {D}>", f"attention_decode_combine<{T}>")
+    source, launch = replace(ATTENTION_DECODE, kernels=names), out.device.launch  # of all head_dims, only this one's
+    arguments = (q, keys, values, texts, positions, partial, np.int32(H), np.int32(S))
+    launch(source, names[0], (N * H, splits), ATTENTION_THREADS, arguments)
+    launch(source, names[1], N * H, min(D, THREADS), (partial, out, np.int32(splits), np.int32(D)))
+
+
+def attention_decode_naive(q: Array, keys: Array, values: Array, texts: Array, positions: Array, out: Array) -> None:
+    """The same for any D, one thread to a number."""
+    _check_cache(q, keys, values, texts, positions)
+    (N, C), (_, H, S, D) = q.shape, keys.shape
+    expect("out", out, (N, C), q.dtype)
+    name = f"attention_decode_naive<{type_of(q)}>"
+    sizes = (np.int32(N), np.int32(H), np.int32(D), np.int32(S))
+    arguments = (q, keys, values, texts, positions, out, *sizes)
+    out.device.launch(replace(ATTENTION_DECODE, kernels=(name,)), name, -(-N * C // 32), 32, arguments)
+
+
+def residual(y: Array, bias: Array | None, dtype: np.dtype, x: Array) -> None:
+    """x += y + bias: float32 (N,C), (C) in dtype or None -> float32 (N,C)."""
+    grid, C = _check_residual((y,), (bias,), dtype, x)
+    x.device.launch(RESIDUAL, f"residual<{TYPES[dtype.name]}>", grid, THREADS, (y, bias, x, C))
+
+
+def residual_pair(m: Array, bias_m: Array | None, a: Array, bias_a: Array | None, dtype: np.dtype, x: Array) -> None:
+    """x += (m + bias_m) + (a + bias_a): 2 x float32 (N,C), 2 x (C) in dtype or None -> float32 (N,C)."""
+    grid, C = _check_residual((m, a), (bias_m, bias_a), dtype, x)
+    x.device.launch(RESIDUAL, f"residual_pair<{TYPES[dtype.name]}>", grid, THREADS, (m, bias_m, a, bias_a, x, C))
+
+
+def argmax(logits: Array, allowed: Array | None, ids: Array) -> None:
+    """The likeliest id of each row, the lowest of equals: float32 (N,V), uint8 (V) or None -> int32 (N).
+
+    Where allowed is 0 an id is ruled out. The id is -1 if an allowed logit is not finite.
+    """
+    N, V = logits.shape
+    expect("logits", logits, (N, V), np.float32)
+    if allowed is not None:
+        expect("allowed", allowed, (V,), np.uint8)
+    expect("ids", ids, (N,), np.int32)
+    ids.device.launch(ARGMAX, "argmax", N, _row_threads(V), (logits, allowed, ids, np.int32(V)))
+
+
+def advance(positions: Array) -> None:
+    """positions += 1: int32 (N)."""
+    (N,) = positions.shape
+    expect("positions", positions, (N,), np.int32)
+    positions.device.launch(ADVANCE, "advance", -(-N // THREADS), THREADS, (positions, np.int32(N)))
+
+
+def _check_cache(q: Array, keys: Array, values: Array, texts: Array, positions: Array) -> None:
+    (N, _), (_, H, _, D) = q.shape, keys.shape
+    expect("q", q, (N, H * D), keys.dtype)
+    expect("values", values, keys.shape, keys.dtype)
+    expect("texts", texts, (N,), np.int32)
+    expect("positions", positions, (N,), np.int32)
+
+
+def _check_residual(
+    branches: tuple[Array, ...], biases: tuple[Array | None, ...], dtype: np.dtype, x: Array
+) -> tuple[tuple[int, int], np.int32]:
+    N, C = x.shape
+    expect("x", x, (N, C), np.float32)
+    for branch, bias in zip(branches, biases, strict=True):
+        expect("a branch", branch, (N, C), np.float32)
+        if bias is not None:
+            expect("bias", bias, (C,), dtype)
+    return (-(-C // THREADS), N), np.int32(C)
 
 
 def _check_norm(x: Array, weights: tuple[Array, ...], outs: tuple[Array, ...]) -> tuple[int, int]:

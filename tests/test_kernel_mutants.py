@@ -12,9 +12,13 @@ from pathlib import Path
 
 import pytest
 from devices import SCHEDULES, host
+from test_kernels_argmax import check_argmax
+from test_kernels_attention_decode import check_attention
 from test_kernels_embedding import check_embedding
 from test_kernels_gelu import check_gelu, check_tail
 from test_kernels_layer_norm import check_block, check_naive, check_pair
+from test_kernels_residual import check_residual_pair
+from test_kernels_rotary_append import check_rotary_append
 
 from neox.gpu import ops
 from neox.gpu.host.module import KernelError
@@ -28,6 +32,13 @@ CASES: dict[Callable[..., None], tuple[str, list[tuple]]] = {
     check_embedding: ("EMBEDDING", [(3, 11, 257, "float32"), (5, 7, 120, "float16")]),
     check_gelu: ("GELU", [(3, 257, a, d, 2) for a in ("gelu", "gelu_fast") for d in ("float32", "float16")]),
     check_tail: ("GELU", [("gelu",), ("gelu_fast",)]),
+    check_rotary_append: ("ROTARY_APPEND", [(5, 3, 24, 6, "float32"), (2, 2, 96, 24, "float16")]),
+    check_attention: (
+        "ATTENTION_DECODE",
+        [([37, 1, 70], 2, 96, "float32", 3), ([300], 1, 96, "float16", 1), ([5], 2, 96, "float32", 9)],
+    ),
+    check_argmax: ("ARGMAX", [(3, 1030, 0.5, 3), (150, 33, 0.0), (40, 70, 0.3)]),
+    check_residual_pair: ("RESIDUAL", [(3, 257, "float32")]),
 }
 
 
@@ -118,6 +129,58 @@ MUTANTS = [
         ("-0.70710678f", "-0.70711f"),
         ("0.5f * x * erfcf(-0.70710678f * x)", "0.5f * x * (1.0f + erff(0.70710678f * x))"),
         ("return x / (1.0f + expf(-2.0f * u))", "return 0.5f * x * (1.0f + tanhf(u))"),
+    ),
+    *mutants(
+        "rotary_append.cu",
+        check_rotary_append,
+        ("first ? d + r.half : i", "first ? d + 1 : d - 1"),  # neighbours paired
+        ("d >= 2 * r.half", "d >= r.half"),
+        ("value * r.cos[i] - other", "value * r.cos[i] + other"),
+        ("cos + position * (R / 2)", "cos + n * (R / 2)"),
+        ("bias + h * 3 * D", "bias"),
+        ("b ? b + D : nullptr, d, rotation", "b, d, rotation"),
+        ("rotated(x + D, b", "rotated(x + 2 * D, b"),
+        ("biased(x + 2 * D, b ? b + 2 * D : nullptr, d)", "rotated(x + 2 * D, b ? b + 2 * D : nullptr, d, rotation)"),
+        ("* H + h) * S + position", "* H + h) * S + position + 1"),
+        ("(static_cast<long long>(texts[n]) * H", "(static_cast<long long>(n) * H"),
+        # q, k and v in thirds of the row, as GPT-2 has them
+        ("qkv + static_cast<long long>(blockIdx.x) * 3 * D", "qkv + static_cast<long long>(n) * 3 * H * D + h * D"),
+    ),
+    *mutants(
+        "attention_decode.cu",
+        check_attention,
+        ("length = positions[n] + 1, part", "length = positions[n] + 2, part"),
+        ("length = positions[n] + 1, part", "length = positions[n], part"),
+        ("part = (length + gridDim.y - 1) / gridDim.y", "part = length / gridDim.y"),
+        ("min(length, first + part)", "min(length, first + part - 1)"),
+        ("if (exists) take", "take"),
+        ("query[piece][i] /= sqrtf(D)", "query[piece][i] /= D"),
+        ("average.weight * kept + p", "average.weight + p"),
+        ("average.sum[piece][i] * kept", "average.sum[piece][i]"),
+        ("__syncthreads();  // every group has left", "// every group has left"),
+        ("share(maxima[g], all.maximum) * sums", "sums"),
+        ("sum += share(part[i * (D + 2)], all.maximum) *", "sum +="),
+        ("flip = A::LANES / 2", "flip = A::LANES / 4"),
+        ("own == MINUS_INFINITY ? 0.0f : expf(own - common)", "expf(own - common)"),
+        ("from_float<T>(sum / all.weight)", "from_float<T>(sum)"),
+    ),
+    *mutants(
+        "argmax.cu",
+        check_argmax,
+        ("a.id < b.id", "a.id > b.id"),
+        ("a.logit > b.logit", "a.logit < b.logit"),
+        ("if (allowed && !allowed[v]) continue;", ""),
+        ("v < V; v +=", "v < V - 1; v +="),
+        ("__syncthreads();  // each warp's best", "// each warp's best"),
+        ("lane < warps ?", "lane < warps - 1 ?"),
+        ("flip > 0", "flip > 1"),
+    ),
+    *mutants(
+        "residual.cu",
+        check_residual_pair,
+        ("biased(m[i], bias_m, c) +", ""),
+        ("biased(a[i], bias_a, c)", "biased(a[i], bias_m, c)"),
+        ("x[i] += biased(m", "x[i] = biased(m"),
     ),
 ]
 

@@ -10,6 +10,9 @@ from nvrtc import architectures, compiled, require_nvrtc, usage
 from neox.gpu import ops
 from neox.gpu.source import Source
 
+# 1024 threads of 64 registers fill a multiprocessor. Where blocks are smaller, more are allowed, and it is said why.
+REGISTERS = {"attention_decode.cu": 80}  # a query and an average: six blocks of 128 threads fit
+
 
 @pytest.fixture(autouse=True)
 def nvrtc_is_there() -> None:
@@ -23,7 +26,7 @@ def test_every_kernel_compiles_for_every_card_without_spills(source: Source) -> 
         assert set(used) == set(source.kernels)
         for kernel, taken in used.items():
             assert taken.spilled_bytes == 0, f"{kernel} on sm_{arch}"
-            assert taken.registers <= 64, f"{kernel} on sm_{arch}"  # 1024 threads of 64 fill the register file
+            assert taken.registers <= REGISTERS.get(source.file, 64), f"{kernel} on sm_{arch}"
 
 
 def test_every_kernel_file_is_listed() -> None:

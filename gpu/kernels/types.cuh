@@ -22,3 +22,16 @@ template <> __device__ __forceinline__ __half from_float<__half>(float x) { retu
 template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
     return __float2bfloat16_rn(x);
 }
+
+// 8 neighbours, in loads of 16 bytes: p must be a multiple of 16.
+__device__ __forceinline__ void load_8(const float* p, float (&x)[8]) {
+    const float4 a = reinterpret_cast<const float4*>(p)[0], b = reinterpret_cast<const float4*>(p)[1];
+    x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w;
+    x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
+}
+template <class T> __device__ __forceinline__ void load_8(const T* p, float (&x)[8]) {
+    const uint4 words = *reinterpret_cast<const uint4*>(p);
+    const T* halves = reinterpret_cast<const T*>(&words);
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[i] = to_float(halves[i]);
+}
