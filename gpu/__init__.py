@@ -1,1 +1,19 @@
-"""GPT-NeoX in CUDA. So far: the device seam (device.py) and the first kernels (ops.py, kernels/)."""
+"""GPT-NeoX in CUDA. To read: kernels/, ops.py (their launchers), model.py, decode.py; device.py is what runs them."""
+
+from neox.gpu.decode import CachedDecoder, GreedyDecoder
+from neox.gpu.device import open_device
+from neox.gpu.generate import decoder_for, generate
+from neox.gpu.load import load, to_device
+from neox.gpu.model import Model, forward
+
+__all__ = [
+    "CachedDecoder",
+    "GreedyDecoder",
+    "Model",
+    "decoder_for",
+    "forward",
+    "generate",
+    "load",
+    "open_device",
+    "to_device",
+]

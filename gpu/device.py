@@ -31,6 +31,7 @@ from neox.gpu.host.memory import HostMemory
 from neox.gpu.host.module import ORDERS, HostModule, Pointer
 from neox.gpu.host.sanitize import require
 from neox.gpu.source import Source
+from neox.reference.checkpoint.load import available_memory
 from neox.reference.errors import InputError
 
 LARGEST_BLOCK = 1024
@@ -181,6 +182,11 @@ class Device(ABC):
         self._refuse("synchronization")
         self._synchronize()
 
+    def free_memory(self) -> int:
+        """Bytes that can still be allocated."""
+        self._refuse("a look at the memory")
+        return self._free_memory()
+
     def _refuse(self, what: str) -> None:
         if self._capturing is not None:
             raise CaptureError(f"while a graph is captured there can be no {what}")
@@ -196,6 +202,9 @@ class Device(ABC):
     @abstractmethod
     def _allocate(self, size: int) -> tuple[Any, int]:
         """Memory of this many bytes and its address."""
+
+    @abstractmethod
+    def _free_memory(self) -> int: ...
 
     @abstractmethod
     def _read(self, array: Array) -> bytes | bytearray: ...
@@ -266,6 +275,9 @@ class HostDevice(Device):
         memory = HostMemory(size)
         return memory, memory.address
 
+    def _free_memory(self) -> int:
+        return available_memory()
+
     def _bytes(self, array: Array) -> NDArray[np.uint8]:
         start = array.address - array.memory.address
         return array.memory.bytes[start : start + array.nbytes]
@@ -333,6 +345,10 @@ class CudaDevice(Device):
         with self._stream:
             memory = self._cupy.cuda.alloc(size)
         return memory, memory.ptr
+
+    def _free_memory(self) -> int:
+        unused = self._cupy.get_default_memory_pool().free_bytes()  # given back to CuPy, but not to the card
+        return int(self._cupy.cuda.runtime.memGetInfo()[0] + unused)
 
     def _bytes(self, array: Array) -> Any:
         cupy = self._cupy

@@ -42,7 +42,8 @@ RESIDUAL = Source(
 )
 ARGMAX = Source("argmax.cu", ("argmax",))
 ADVANCE = Source("advance.cu", ("advance",))
-SOURCES = (EMBEDDING, LAYER_NORM, GELU, ROTARY_APPEND, ATTENTION_DECODE, RESIDUAL, ARGMAX, ADVANCE)
+PRODUCT = Source("product_naive.cu", tuple(f"product_naive<{T}>" for T in TYPES.values()))
+SOURCES = (EMBEDDING, LAYER_NORM, GELU, ROTARY_APPEND, ATTENTION_DECODE, RESIDUAL, ARGMAX, ADVANCE, PRODUCT)
 
 THREADS = 256  # of a block whose work any number of threads can share
 ATTENTION_THREADS = 128  # as in attention_decode.cu
@@ -99,6 +100,15 @@ def bias_gelu(x: Array, bias: Array, activation: str, out: Array) -> None:
     expect("out", out, (N, F), bias.dtype)
     kernel = f"bias_gelu<{type_of(bias)}, {ACTIVATIONS[activation]}>"
     out.device.launch(GELU, kernel, (-(-F // THREADS), N), THREADS, (x, bias, out, np.int32(F)))
+
+
+def product_naive(x: Array, weight: Array, out: Array) -> None:
+    """x weight^T: (N,I), (O,I) -> float32 (N,O)."""
+    (N, inputs), (outputs, _) = x.shape, weight.shape
+    expect("weight", weight, (outputs, inputs), x.dtype)
+    expect("out", out, (N, outputs), np.float32)
+    arguments = (x, weight, out, np.int32(N), np.int32(outputs), np.int32(inputs))
+    out.device.launch(PRODUCT, f"product_naive<{type_of(x)}>", -(-N * outputs // THREADS), THREADS, arguments)
 
 
 def rotary_append(

@@ -1,0 +1,225 @@
+"""Decoding on a device: a cache of fixed size, prompts of any lengths, and a step that can be captured.
+
+    texts     each a row of the cache, from its beginning on: a text's position is its place in the row
+    prefill   all positions of all prompts, end to end, in chunks: nothing is computed for padding, there is none
+    step      one position of each text. It allocates nothing, and what changes from step to step (the ids, and where
+              they stand) lies in device memory, so one captured graph serves every step
+
+A text that has ended leaves the step; its row of the cache stays unused.
+
+Dimensions as in model.py; of a step N is the number of texts that go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from neox.gpu import ops
+from neox.gpu.device import Array, Graph
+from neox.gpu.model import Keys, Mix, Model, Place, Workspace, embed, layer, mix_all, new_workspace, unembed
+from neox.reference.config import Config
+from neox.reference.errors import InputError
+
+CHUNK = 2048  # positions that go through the model at a time: bounds the memory that long prompts take
+BLOCKS = 512  # among which the keys of a step are shared out, so that a card has something to do everywhere
+SMALLEST_SHARE = 128  # keys
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys (after rotation) and values of all layers."""
+
+    keys: Array  # (L,B,H,S,D), S up to the capacity
+    values: Array  # (L,B,H,S,D)
+
+    def of_layer(self, index: int) -> Keys:
+        return self.keys[index], self.values[index]
+
+
+def new_cache(model: Model, batch: int, capacity: int) -> Cache:
+    """InputError if the device has not enough memory for `batch` texts of up to `capacity` positions."""
+    config, device = model.config, model.device
+    shape = (config.num_hidden_layers, batch, config.num_attention_heads, capacity, config.head_dim)
+    position = 2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize  # bytes of one
+    needed, free = batch * capacity * position, device.free_memory()
+    if needed > free:
+        raise InputError(
+            f"the keys and values of {batch} text(s) of {capacity} tokens take {needed / 1e9:.3g} GB, and the device "
+            f"has {free / 1e9:.3g} GB free: {free // position // batch} tokens each would fit"
+        )
+    return Cache(device.empty(shape, model.dtype), device.empty(shape, model.dtype))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step of N texts reads and writes."""
+
+    ids: Array  # int32 (N): the tokens to append; afterwards the likeliest to follow them
+    place: Place
+    work: Workspace
+    partial: Array  # float32 (N,H,splits,D+2): of the attention
+    logits: Array  # float32 (N,V)
+
+    def first(self, count: int) -> Step:
+        """The same memory for fewer texts."""
+        place = Place(self.place.texts[:count], self.place.positions[:count])
+        return Step(self.ids[:count], place, self.work.first(count), self.partial[:count], self.logits[:count])
+
+
+def new_step(model: Model, batch: int, capacity: int) -> Step:
+    config, empty = model.config, model.device.empty
+    H, D = config.num_attention_heads, config.head_dim
+    splits = max(1, min(BLOCKS // (batch * H), capacity // SMALLEST_SHARE))
+    return Step(
+        ids=empty(batch, np.int32),
+        place=Place(empty(batch, np.int32), empty(batch, np.int32)),
+        work=new_workspace(model, batch),
+        partial=empty((batch, H, splits, D + 2), np.float32),
+        logits=empty((batch, config.vocab_size), np.float32),
+    )
+
+
+def mix_last(place: Place, partial: Array) -> Mix:
+    """One position of each text over the text so far."""
+
+    def mix(q: Array, cache: Keys, z: Array) -> None:
+        ops.attention_decode(q, *cache, place.texts, place.positions, partial, z)
+
+    return mix
+
+
+def through_layers(model: Model, cache: Cache, ids: Array, place: Place, work: Workspace, mix: Mix) -> None:
+    """What the last layer makes of ids, in work.x; their keys and values are appended to the cache."""
+    embed(model, ids, work)
+    for i, p in enumerate(model.params.layers):
+        layer(p, model, work, place, cache.of_layer(i), mix)
+
+
+def run_step(model: Model, cache: Cache, step: Step, allowed: Array | None) -> None:
+    """Append one id to each text: its logits, the likeliest id to follow in place of the id, the next position."""
+    through_layers(model, cache, step.ids, step.place, step.work, mix_last(step.place, step.partial))
+    unembed(model, step.work.x, step.work.normed, step.logits)
+    ops.argmax(step.logits, allowed, step.ids)
+    ops.advance(step.place.positions)
+
+
+def prefill(
+    model: Model, cache: Cache, prompts: Sequence[Sequence[int]], progress: Callable[[int], object] = lambda _: None
+) -> Array:
+    """Read whole prompts into the texts 0, 1, ... of the cache; what the last layer makes of their last tokens.
+
+    Returns float32 (B,C). progress is called after each chunk with the number of positions it had.
+    """
+    device, lengths = model.device, [len(prompt) for prompt in prompts]
+    ids = np.concatenate([np.asarray(prompt, np.int32) for prompt in prompts])
+    texts = np.repeat(np.arange(len(prompts), dtype=np.int32), lengths)
+    positions = np.concatenate([np.arange(length, dtype=np.int32) for length in lengths])
+    ends = np.cumsum(lengths) - 1  # of each text, among all positions
+    work = new_workspace(model, min(CHUNK, len(ids)))
+    last = device.empty((len(prompts), model.config.hidden_size), np.float32)
+    for start in range(0, len(ids), CHUNK):
+        chunk = slice(start, start + CHUNK)
+        place = Place(device.array(texts[chunk]), device.array(positions[chunk]))
+        part = work.first(len(ids[chunk]))
+        through_layers(model, cache, device.array(ids[chunk]), place, part, mix_all(place))
+        ending = np.flatnonzero((start <= ends) & (ends < start + CHUNK))
+        if ending.size:  # rows of x are picked as rows of an embedding are
+            rows = device.array((ends[ending] - start).astype(np.int32))
+            ops.embedding(rows, part.x, last[int(ending[0]) : int(ending[-1]) + 1])
+        progress(len(ids[chunk]))
+    return last
+
+
+class CachedDecoder:
+    """A model on a device and the texts that it is in the middle of: a Decoder of reference/generate.py."""
+
+    def __init__(
+        self,
+        model: Model,
+        progress: Callable[[int], object] = lambda _: None,
+        allowed: NDArray | None = None,
+    ) -> None:
+        """progress is called while prompts are read, with the number of positions that were.
+
+        allowed: (V,), false for ids that the arg-max must not choose.
+        """
+        self._model = model
+        self._progress = progress
+        self._allowed = None if allowed is None else model.device.array(allowed.astype(np.uint8))
+        self._lengths: NDArray = np.zeros(0, np.int32)
+        self._cache: Cache
+        self._step: Step
+        self._graph: Graph | None = None
+        self._compiled = False
+
+    @property
+    def config(self) -> Config:
+        return self._model.config
+
+    def start(self, prompts: Sequence[Sequence[int]], capacity: int) -> NDArray:
+        model, batch = self._model, len(prompts)
+        self._cache = new_cache(model, batch, capacity)
+        self._step = new_step(model, batch, capacity)
+        self._graph, self._compiled = None, False
+        last = prefill(model, self._cache, prompts, self._progress)
+        unembed(model, last, self._step.work.normed, self._step.logits)
+        ops.argmax(self._step.logits, self._allowed, self._step.ids)
+        self._place(np.arange(batch, dtype=np.int32), np.array([len(prompt) for prompt in prompts], np.int32))
+        return self._outcome()
+
+    def step(self, ids: Sequence[int]) -> NDArray:
+        self._step.ids.set(np.array(ids, np.int32))
+        self.go_on()
+        return self._outcome()
+
+    def keep(self, rows: Sequence[int]) -> None:
+        texts = self._step.place.texts.get()[rows]
+        self._step = self._step.first(len(rows))
+        self._place(texts, self._lengths[rows])
+        self._graph = None
+
+    def go_on(self) -> None:
+        """A step with the ids that the last one found likeliest. Nothing is copied and nothing waited for."""
+        if self._lengths.max() >= self._cache.keys.shape[3]:
+            raise InputError(f"{self._lengths.max() + 1} tokens, but this cache holds {self._cache.keys.shape[3]}")
+        self._lengths = self._lengths + 1
+        if not self._compiled:  # a capture can compile nothing: the first step runs as it is
+            self._launches()
+            self._compiled = True
+            return
+        if self._graph is None:
+            self._graph = self._model.device.capture(self._launches)
+        self._graph.replay()
+
+    def likeliest(self) -> NDArray:  # (N,)
+        """The likeliest id to follow each text; -1 where its logits are not finite."""
+        return self._step.ids.get()
+
+    def _launches(self) -> None:
+        run_step(self._model, self._cache, self._step, self._allowed)
+
+    def _place(self, texts: NDArray, lengths: NDArray) -> None:
+        self._step.place.texts.set(texts)
+        self._step.place.positions.set(lengths)
+        self._lengths = lengths
+
+    def _outcome(self) -> NDArray:
+        return self._step.logits.get()
+
+
+class GreedyDecoder(CachedDecoder):
+    """For greedy decoding: arg-max runs on the device, and of its result only the ids are copied.
+
+    Its logits are 1 for the likeliest id and 0 for all others; NaN where those of the model are not finite.
+    """
+
+    def _outcome(self) -> NDArray:
+        ids = self.likeliest()
+        logits = np.zeros((len(ids), self.config.vocab_size), np.float32)
+        logits[np.arange(len(ids)), ids] = 1
+        logits[ids < 0] = np.nan
+        return logits

@@ -1,0 +1,191 @@
+"""Decoding on a device: prompts of any lengths, cached steps, captured steps, texts that end, and generation."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+from devices import DTYPES, all_devices, devices
+from gpu_models import SMALL, assert_right, device_configs, drawn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from strategies import draw_ids, seeds
+
+import neox.gpu as gpu
+import neox.reference as reference
+from neox.gpu import decode
+from neox.gpu.decode import CachedDecoder, GreedyDecoder
+from neox.gpu.device import Device
+from neox.reference import shipped
+from neox.reference.config import Config
+from neox.reference.errors import InputError
+
+LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=3)
+
+
+@cache
+def on_device(device: Device, config: Config, dtype: str, seed: int = 0) -> gpu.Model:
+    return gpu.to_device(drawn(config, seed, dtype), device, dtype)
+
+
+def texts_of(config: Config, lengths: list[int], seed: int) -> list[list[int]]:
+    return [draw_ids(config, 1, length, seed + i)[0].tolist() for i, length in enumerate(lengths)]
+
+
+def check_all(logits: NDArray, config: Config, texts: list[list[int]], dtype: str, seed: int = 0) -> None:
+    """One row for each text: what follows its last token."""
+    for row, text in zip(logits, texts, strict=True):
+        assert_right(row[None], drawn(config, seed, dtype), np.array([text]), dtype, last=True)
+
+
+@settings(max_examples=20)
+@given(
+    devices(), device_configs(), LENGTHS, st.sampled_from(DTYPES), st.integers(0, 4), st.sampled_from((3, 2048)), seeds
+)
+def test_prompts_and_steps_are_the_whole_text(device, config, lengths, dtype, steps, chunk, seed) -> None:
+    """The logits after a prompt and after each step, of texts of unequal lengths, in chunks and at once."""
+    decoder = CachedDecoder(on_device(device, config, dtype))
+    texts = texts_of(config, lengths, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode, "CHUNK", chunk)
+        check_all(decoder.start(texts, max(lengths) + steps), config, texts, dtype)
+    for step in range(steps):
+        added = [(7 * step + i) % config.vocab_size for i in range(len(texts))]
+        texts = [[*text, id] for text, id in zip(texts, added, strict=True)]
+        check_all(decoder.step(added), config, texts, dtype)
+
+
+def test_positions_over_1000() -> None:
+    config = replace(SMALL, hidden_size=48, num_attention_heads=2, num_hidden_layers=1, max_position_embeddings=1100)
+    texts = texts_of(config, [1030, 3], 0)
+    decoder = CachedDecoder(on_device(all_devices()[0], config, "float16"))
+    check_all(decoder.start(texts, 1033), config, texts, "float16")
+    for id in range(3):
+        texts = [[*text, id] for text in texts]
+        check_all(decoder.step([id, id]), config, texts, "float16")
+
+
+@given(devices(), st.sampled_from(DTYPES), seeds)
+@settings(max_examples=10)
+def test_a_captured_step_is_the_step_as_it_is(device, dtype, seed) -> None:
+    model, texts = on_device(device, SMALL, dtype), texts_of(SMALL, [5, 2], seed)
+    captured, plain = CachedDecoder(model), CachedDecoder(model)
+    assert np.array_equal(captured.start(texts, 12), plain.start(texts, 12))
+    for id in range(6):
+        plain._compiled = False  # as before its first step: nothing is captured
+        assert np.array_equal(captured.step([id, id + 1]), plain.step([id, id + 1]))
+    assert captured._graph is not None
+    assert plain._graph is None
+
+
+def test_a_step_allocates_nothing_and_waits_for_nothing() -> None:
+    """Such a step could not be captured; and replays alone go on by themselves."""
+    for device in all_devices():
+        model, texts = on_device(device, SMALL, "float16"), texts_of(SMALL, [5, 2], 0)
+        alone, told = CachedDecoder(model), CachedDecoder(model)
+        chosen = told.start(texts, 15).argmax(axis=1)
+        alone.start(texts, 15)
+        for _ in range(8):
+            assert np.array_equal(alone.likeliest(), chosen)
+            chosen = told.step(chosen.tolist()).argmax(axis=1)
+            alone.go_on()
+
+
+@pytest.mark.parametrize("rows", [[0], [1], [2], [0, 2], [1, 2], [0, 1, 2]])
+def test_texts_that_go_on_are_not_touched_by_those_that_ended(rows) -> None:
+    device, texts = all_devices()[1], texts_of(SMALL, [5, 2, 9], 3)
+    decoder = CachedDecoder(on_device(device, SMALL, "float32"))
+    decoder.start(texts, 20)
+    for step, kept in enumerate([[0, 1, 2], rows, range(len(rows)), [len(rows) - 1], [0]]):
+        if len(kept) < len(texts):
+            decoder.keep(kept)
+        texts = [[*texts[i], step + i] for i in kept]
+        check_all(decoder.step([text[-1] for text in texts]), SMALL, texts, "float32")
+
+
+def test_a_full_cache_is_refused() -> None:
+    decoder = CachedDecoder(on_device(all_devices()[0], SMALL, "float32"))
+    decoder.start([[1, 2, 3], [4]], 4)
+    decoder.step([5, 6])
+    with pytest.raises(InputError, match="5 tokens, but this cache holds 4"):
+        decoder.step([5, 6])
+
+
+def test_a_cache_that_does_not_fit_is_refused(monkeypatch) -> None:
+    device = all_devices()[0]
+    decoder = CachedDecoder(on_device(device, SMALL, "float32"))
+    position = 2 * 3 * 120 * 4  # keys and values, layers, hidden_size, bytes
+    monkeypatch.setattr(device, "_free_memory", lambda: 25 * position)
+    with pytest.raises(InputError, match=r"2 text\(s\) of 13 tokens .* 12 tokens each would fit"):
+        decoder.start([[1], [2]], 13)
+
+
+# Generation.
+
+
+@cache
+def shipped_reference() -> reference.Model:
+    return reference.load(shipped.path(), dtype="float64")
+
+
+@cache
+def shipped_on(device: Device, dtype: str) -> gpu.Model:
+    return gpu.load(shipped.path(), dtype=dtype, device=device)
+
+
+PROMPT = [354, 259, 266, 381, 260]
+MARGINS = {"float32": 1e-4, "float16": 0.05, "bfloat16": 0.3}  # between the two best logits
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_greedy_generation_is_the_references_outside_a_margin(dtype) -> None:
+    """Along the reference's own text: the same choice wherever its margin exceeds the one stated for the dtype."""
+    chosen = list(reference.generate(shipped_reference(), PROMPT, max_tokens=60, ignore_eos=True))
+    exact = reference.forward(shipped_reference(), [PROMPT + chosen])[0, len(PROMPT) - 1 : -1]
+    best = np.sort(exact, axis=1)
+    clear = best[:, -1] - best[:, -2] > MARGINS[dtype]
+    assert clear.mean() > 0.55
+    decoder = CachedDecoder(shipped_on(all_devices()[0], dtype))
+    logits = [decoder.start([PROMPT], 80)[0], *(decoder.step([id])[0] for id in chosen[:-1])]
+    assert np.array_equal(np.argmax(logits, axis=1)[clear], np.array(chosen)[clear])
+    assert np.abs(logits - exact).max() < MARGINS[dtype] / 2
+
+
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 0.8, "seed": 1}, {"temperature": 1, "top_k": 20, "top_p": 0.9, "seed": 2}]
+)
+def test_generation_is_the_references(sampling) -> None:
+    """In float32, whose logits are so near that the draws fall on the same ids."""
+    arguments = {"max_tokens": 40, "ignore_eos": True, **sampling}
+    expected = list(reference.generate(shipped_reference(), PROMPT, **arguments))
+    for device in all_devices()[:2]:
+        assert list(gpu.generate(shipped_on(device, "float32"), PROMPT, **arguments)) == expected
+
+
+def test_the_greedy_decoder_chooses_what_the_logits_say() -> None:
+    """With ids that no token belongs to, and of texts that end at different steps."""
+    model = on_device(all_devices()[2], SMALL, "float16")
+    allowed = np.arange(SMALL.vocab_size) % 3 > 0
+    texts = texts_of(SMALL, [5, 2, 9], 0)
+    greedy, full = GreedyDecoder(model, allowed=allowed), CachedDecoder(model)
+    short, long = greedy.start(texts, 20), full.start(texts, 20)
+    for kept in ([0, 1, 2], [0, 2], [0, 1], [1], [0]):
+        chosen = np.where(allowed, long, -np.inf).argmax(axis=1)
+        assert np.array_equal(short, np.eye(SMALL.vocab_size)[chosen])
+        greedy.keep(kept)
+        full.keep(kept)
+        short, long = greedy.step(chosen[kept].tolist()), full.step(chosen[kept].tolist())
+
+
+def test_logits_that_are_not_finite_are_told() -> None:
+    model = drawn(SMALL, 0, "float32")
+    final = replace(model.params.final_layer_norm, weight=np.full(120, 3e38, np.float32))
+    wild = gpu.to_device(
+        replace(model, params=replace(model.params, final_layer_norm=final)), all_devices()[0], "float32"
+    )
+    with pytest.raises(InputError, match="not finite"):
+        list(itertools.islice(gpu.generate(wild, [1, 2, 3]), 3))

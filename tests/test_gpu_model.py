@@ -1,0 +1,98 @@
+"""The whole model on a device against the reference: drawn shapes, dtypes and schedules, and numbers that overflow."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from devices import DTYPES, all_devices, devices
+from gpu_models import SMALL, assert_right, device_configs, drawn, in_float64
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import draw_ids, seeds
+
+from neox.gpu import model as gpu_model
+from neox.gpu.load import to_device
+from neox.gpu.model import forward
+from neox.reference.errors import InputError
+from neox.reference.model import Model
+from neox.reference.model import forward as reference_forward
+
+
+@settings(max_examples=25)
+@given(devices(), device_configs(), st.integers(1, 3), st.integers(1, 20), st.sampled_from(DTYPES), seeds)
+def test_logits_err_no_more_than_a_plain_computation(device, config, batch, length, dtype, seed) -> None:
+    model = drawn(config, seed % 7, dtype)
+    ids = draw_ids(config, batch, length, seed)
+    assert_right(forward(to_device(model, device, dtype), ids), model, ids, dtype)
+
+
+def test_texts_in_groups_are_the_texts_together(monkeypatch) -> None:
+    device, ids = all_devices()[0], draw_ids(SMALL, 5, 7, 0)
+    model = to_device(drawn(SMALL, 0, "float32"), device, "float32")
+    together = forward(model, ids)
+    monkeypatch.setattr(gpu_model, "GROUP", 15)
+    assert np.array_equal(forward(model, ids), together)
+
+
+def test_wrong_ids_are_refused() -> None:
+    model = to_device(drawn(SMALL, 0, "float32"), all_devices()[0], "float32")
+    for ids, message in [([[101]], "outside the vocabulary"), ([[0] * 65], "context is 64"), ([0], "batch, seq")]:
+        with pytest.raises(InputError, match=message):
+            forward(model, ids)
+
+
+def with_scores_beyond_float16(model: Model) -> Model:
+    """Queries and keys of some hundreds: their products exceed 65504 before they are scaled."""
+    layers = []
+    for p in model.params.layers:
+        qkv = p.attention.query_key_value
+        grown = replace(qkv, weight=np.float32(128) * qkv.weight)
+        layers.append(replace(p, attention=replace(p.attention, query_key_value=grown)))
+    return replace(model, params=replace(model.params, layers=tuple(layers)))
+
+
+def with_a_channel_beyond_float16(model: Model) -> Model:
+    """The bias of each MLP adds 50000 to one channel of the residual stream."""
+    layers = []
+    for p in model.params.layers:
+        bias = p.mlp.dense_4h_to_h.bias.copy()
+        bias[3] = 49984  # representable in float16
+        layers.append(replace(p, mlp=replace(p.mlp, dense_4h_to_h=replace(p.mlp.dense_4h_to_h, bias=bias))))
+    return replace(model, params=replace(model.params, layers=tuple(layers)))
+
+
+def largest(model: Model, ids: np.ndarray, part: str) -> float:
+    """Of an intermediate of the reference."""
+    found = []
+
+    def tap(name, array):
+        if part in name:
+            found.append(float(np.abs(array[np.isfinite(array)]).max()))
+        return array
+
+    reference_forward(model, ids, tap)
+    return max(found)
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_scores_beyond_float16_stay_finite(parallel) -> None:
+    config = replace(SMALL, use_parallel_residual=parallel, num_hidden_layers=1)
+    model = with_scores_beyond_float16(drawn(config, 0, "float16"))
+    ids = draw_ids(config, 2, 11, 0)
+    assert largest(in_float64(model), ids, "attn_scores") * np.sqrt(24) > 65504
+    for device in all_devices():
+        logits = forward(to_device(model, device, "float16"), ids)
+        assert_right(logits, model, ids, "float16", wide=("scores",))
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_a_residual_channel_beyond_float16_stays_finite(parallel) -> None:
+    config = replace(SMALL, use_parallel_residual=parallel)
+    model = with_a_channel_beyond_float16(drawn(config, 0, "float16"))
+    ids = draw_ids(config, 2, 11, 0)
+    assert largest(in_float64(model), ids, "resid_post") > 65504
+    for device in all_devices():
+        logits = forward(to_device(model, device, "float16"), ids)
+        assert_right(logits, model, ids, "float16", wide=("resid", "out", "scale"))
