@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 from devices import SCHEDULES, host
-from test_kernels_argmax import check_argmax
+from test_kernels_argmax import check_advance, check_argmax
 from test_kernels_attention_decode import check_attention
 from test_kernels_embedding import check_embedding
 from test_kernels_gelu import check_gelu, check_tail
 from test_kernels_layer_norm import check_block, check_naive, check_pair
-from test_kernels_residual import check_residual_pair
+from test_kernels_residual import check_residual, check_residual_pair
 from test_kernels_rotary_append import check_rotary_append
 
 from neox.gpu import ops
@@ -32,13 +32,20 @@ CASES: dict[Callable[..., None], tuple[str, list[tuple]]] = {
     check_embedding: ("EMBEDDING", [(3, 11, 257, "float32"), (5, 7, 120, "float16")]),
     check_gelu: ("GELU", [(3, 257, a, d, 2) for a in ("gelu", "gelu_fast") for d in ("float32", "float16")]),
     check_tail: ("GELU", [("gelu",), ("gelu_fast",)]),
-    check_rotary_append: ("ROTARY_APPEND", [(5, 3, 24, 6, "float32"), (2, 2, 96, 24, "float16")]),
+    check_rotary_append: ("ROTARY_APPEND", [(3, 2, 24, 6, "float16"), (2, 2, 24, 6, "float32", 9, False)]),
     check_attention: (
         "ATTENTION_DECODE",
-        [([37, 1, 70], 2, 96, "float32", 3), ([300], 1, 96, "float16", 1), ([5], 2, 96, "float32", 9)],
+        [
+            ([37, 5], 2, 80, "float32", 3),
+            ([1, 70], 1, 24, "float16", 2),
+            ([70], 1, 24, "float16", 2, 300),
+            ([9, 3], 2, 24, "float32", 0),
+        ],
     ),
-    check_argmax: ("ARGMAX", [(3, 1030, 0.5, 3), (150, 33, 0.0), (40, 70, 0.3)]),
-    check_residual_pair: ("RESIDUAL", [(3, 257, "float32")]),
+    check_argmax: ("ARGMAX", [(2, 1025, 0.1, 1), (2, 101, 0, 0)]),
+    check_advance: ("ADVANCE", [(5,), (257,)]),
+    check_residual: ("RESIDUAL", [(3, 257, "float16"), (2, 40, "float32", False)]),
+    check_residual_pair: ("RESIDUAL", [(3, 257, "float16"), (2, 40, "float32", False)]),
 }
 
 
@@ -56,6 +63,15 @@ class Mutant:
 def mutants(file: str, check: Callable[..., None], *changes: tuple[str, str]) -> list[Mutant]:
     return [Mutant(file, right, wrong, check) for right, wrong in changes]
 
+
+PAIRS_OF_HALVES = """    bool first = d < r.half;
+    int i = first ? d : d - r.half;
+    float other = biased(x, bias, first ? d + r.half : i);
+"""
+PAIRS_OF_NEIGHBOURS = """    bool first = d % 2 == 0;
+    int i = d / 2;
+    float other = biased(x, bias, first ? d + 1 : d - 1);
+"""
 
 MUTANTS = [
     *mutants(
@@ -133,54 +149,92 @@ MUTANTS = [
     *mutants(
         "rotary_append.cu",
         check_rotary_append,
-        ("first ? d + r.half : i", "first ? d + 1 : d - 1"),  # neighbours paired
+        (PAIRS_OF_HALVES, PAIRS_OF_NEIGHBOURS),
+        ("* r.cos[i] - other", "* r.cos[i] + other"),
+        ("d >= 2 * r.half", "d >= 2 * r.half - 1"),
+        ("d >= 2 * r.half", "d > 2 * r.half"),
         ("d >= 2 * r.half", "d >= r.half"),
-        ("value * r.cos[i] - other", "value * r.cos[i] + other"),
-        ("cos + position * (R / 2)", "cos + n * (R / 2)"),
+        ("qkv + static_cast<long long>(blockIdx.x) * 3 * D", "qkv + (static_cast<long long>(n) * 3 * H + h) * D"),
+        ("bias ? x[d] + to_float(bias[d]) : x[d]", "x[d]"),
         ("bias + h * 3 * D", "bias"),
         ("b ? b + D : nullptr, d, rotation", "b, d, rotation"),
-        ("rotated(x + D, b", "rotated(x + 2 * D, b"),
+        ("b ? b + 2 * D : nullptr, d", "b, d"),
+        ("rotated(x + D, b ? b + D : nullptr, d, rotation)", "biased(x + D, b ? b + D : nullptr, d)"),
         ("biased(x + 2 * D, b ? b + 2 * D : nullptr, d)", "rotated(x + 2 * D, b ? b + 2 * D : nullptr, d, rotation)"),
-        ("* H + h) * S + position", "* H + h) * S + position + 1"),
-        ("(static_cast<long long>(texts[n]) * H", "(static_cast<long long>(n) * H"),
-        # q, k and v in thirds of the row, as GPT-2 has them
-        ("qkv + static_cast<long long>(blockIdx.x) * 3 * D", "qkv + static_cast<long long>(n) * 3 * H * D + h * D"),
+        ("position = positions[n]", "position = n"),
+        ("cos + position * (R / 2)", "cos + position * R"),
+        ("sin + position * (R / 2), R / 2", "sin + position * (R / 2), R / 2 - 1"),
+        ("static_cast<long long>(texts[n]) * H", "static_cast<long long>(n) * H"),
+        ("* S + position) * D", "* S + position + 1) * D"),
+        ("d < D; d +=", "d < D - 1; d +="),
+        ("d < D; d +=", "d <= D; d +="),
+        ("from_float<T>(rotated(x, b", "from_float<T>(0.999f * rotated(x, b"),
     ),
     *mutants(
         "attention_decode.cu",
         check_attention,
-        ("length = positions[n] + 1, part", "length = positions[n] + 2, part"),
-        ("length = positions[n] + 1, part", "length = positions[n], part"),
-        ("part = (length + gridDim.y - 1) / gridDim.y", "part = length / gridDim.y"),
+        ("__syncthreads();  // every group", "// every group"),
+        ("s + group < last;", "s + group <= last;"),
+        ("s + group < last;", "s + group < last - 1;"),
+        ("length = positions[n] + 1", "length = positions[n]"),
+        ("length = positions[n] + 1", "length = positions[n] + 2"),
+        ("(length + gridDim.y - 1) / gridDim.y", "length / gridDim.y"),
+        ("min(length, first + part)", "first + part"),
         ("min(length, first + part)", "min(length, first + part - 1)"),
-        ("if (exists) take", "take"),
-        ("query[piece][i] /= sqrtf(D)", "query[piece][i] /= D"),
-        ("average.weight * kept + p", "average.weight + p"),
-        ("average.sum[piece][i] * kept", "average.sum[piece][i]"),
-        ("__syncthreads();  // every group has left", "// every group has left"),
-        ("share(maxima[g], all.maximum) * sums", "sums"),
-        ("sum += share(part[i * (D + 2)], all.maximum) *", "sum +="),
+        ("first = blockIdx.y * part", "first = blockIdx.y * part + 1"),
+        ("query[piece][i] /= sqrtf(D)", "query[piece][i] /= sqrtf(D + 1)"),
         ("flip = A::LANES / 2", "flip = A::LANES / 4"),
-        ("own == MINUS_INFINITY ? 0.0f : expf(own - common)", "expf(own - common)"),
-        ("from_float<T>(sum / all.weight)", "from_float<T>(sum)"),
+        ("lane + piece * LANES < D / 8", "true"),
+        ("lane + piece * LANES < D / 8", "lane + piece * LANES < D / 8 - 1"),
+        ("sum += q[piece][i] * k[i];", "sum = to_float(from_float<__half>(sum + q[piece][i] * k[i]));"),
+        ("maximum = fmaxf(average.maximum, score)", "maximum = score"),
+        ("average.weight * kept + p", "average.weight + p"),
+        ("average.sum[piece][i] * kept + p", "average.sum[piece][i] + p"),
+        ("own == MINUS_INFINITY ? 0.0f : expf", "expf"),
+        ("all.maximum = fmaxf(all.maximum, maxima[i * stride])", "all.maximum = maxima[i * stride]"),
+        ("all.maximum) * weights[i * stride]", "all.maximum)"),
+        ("share(maxima[g], all.maximum) * sums[g][d]", "sums[g][d]"),
+        ("g < GROUPS; g++) sum", "g < GROUPS - 1; g++) sum"),
+        ("i < splits; i++) sum", "i < splits - 1; i++) sum"),
+        ("joined(part, part + 1, splits, D + 2)", "joined(part, part + 1, splits - 1, D + 2)"),
+        ("part[i * (D + 2) + 2 + d]", "part[i * (D + 2) + 1 + d]"),
+        ("sum / all.weight", "sum"),
+        ("(texts[n]) * H + h) * S * D;\n\n", "(n) * H + h) * S * D;\n\n"),
+        ("s <= positions[n]; s++) {", "s < positions[n]; s++) {"),
+        ("s <= positions[n]; s++) {", "s <= positions[n] + 1; s++) {"),
+        ("return sum / sqrtf(D)", "return sum"),
     ),
     *mutants(
         "argmax.cu",
         check_argmax,
-        ("a.id < b.id", "a.id > b.id"),
-        ("a.logit > b.logit", "a.logit < b.logit"),
-        ("if (allowed && !allowed[v]) continue;", ""),
-        ("v < V; v +=", "v < V - 1; v +="),
         ("__syncthreads();  // each warp's best", "// each warp's best"),
-        ("lane < warps ?", "lane < warps - 1 ?"),
-        ("flip > 0", "flip > 1"),
+        ("a.id < b.id", "a.id > b.id"),
+        ("a.logit > b.logit ?", "a.logit < b.logit ?"),
+        ("flip = 16", "flip = 8"),
+        ("lane < warps", "lane < warps - 1"),
+        ("lane < warps", "lane <= warps"),
+        ("if (allowed && !allowed[v]) continue;", ""),
+        ("v < V;", "v < V - 1;"),
+        ("v < V;", "v <= V;"),
+        ("Best best{-infinity, -1}", "Best best{0.0f, -1}"),
+    ),
+    *mutants("advance.cu", check_advance, ("+= 1", "+= 2"), ("n < N", "n <= N"), ("n < N", "n < N - 1")),
+    *mutants(
+        "residual.cu",
+        check_residual,
+        ("bias ? y + to_float(bias[c]) : y", "y"),
+        ("c >= C", "c > C"),
+        ("c >= C", "c >= C - 1"),
+        ("x[i] += biased(y[i], bias, c)", "x[i] = biased(y[i], bias, c)"),
+        ("blockIdx.y) * C", "blockIdx.y) * (C + 1)"),
     ),
     *mutants(
         "residual.cu",
         check_residual_pair,
-        ("biased(m[i], bias_m, c) +", ""),
         ("biased(a[i], bias_a, c)", "biased(a[i], bias_m, c)"),
-        ("x[i] += biased(m", "x[i] = biased(m"),
+        ("biased(m[i], bias_m, c) +", "m[i] +"),
+        ("biased(m[i], bias_m, c) + biased(a[i], bias_a, c)", "biased(m[i], bias_m, c)"),
+        ("x[i] += biased(m[i], bias_m, c) +", "x[i] = x[i] + biased(m[i], bias_m, c) +"),
     ),
 ]
 

@@ -55,7 +55,7 @@ static void* new_context(void* reused, char* stack, size_t bytes, void (*main)()
 }
 #endif
 
-// The stacks of one block's threads, each below a page that may not be touched. Kept from launch to launch.
+// The stacks of one block's threads, each above a page that may not be touched. Python reserves them (memory.py).
 struct Stacks {
     char* base;
     size_t threads;
@@ -69,17 +69,6 @@ struct Stacks {
     // A frame may skip the guard page: anything not far below the stack counts.
     static bool overflowed(const char* stack, const char* address) {
         return address < stack && address > stack - 16 * BYTES;
-    }
-
-    bool reserve(size_t wanted) {
-        if (threads >= wanted) return true;
-        if (base) munmap(base, threads * STRIDE);
-        int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-        void* memory = mmap(nullptr, wanted * STRIDE, PROT_READ | PROT_WRITE, flags, -1, 0);
-        base = memory == MAP_FAILED ? nullptr : static_cast<char*>(memory);
-        threads = base ? wanted : 0;
-        for (size_t i = 0; i < threads; i++) mprotect(base + i * STRIDE, PAGE, PROT_NONE);
-        return base != nullptr;
     }
 };
 

@@ -44,7 +44,7 @@ HOST_UNCHECKED static void start_thread(int i) {
     f.lane = i % 32;
     f.warp = &block.warps[i / 32];
     f.warp->existing |= 1u << f.lane;
-    f.stack = stacks.of(i);
+    f.stack = request.stacks.of(i);
     f.context = new_context(f.context, f.stack, Stacks::usable(i), thread_main);
     f.asan_fake_stack = nullptr;
     if (f.copies) f.copies->copy_count = f.copies->group_count = 0;
@@ -169,13 +169,12 @@ static bool launch(const Launch& wanted, void (*call)(void*), void* arguments) {
     learn_launcher();
     [[maybe_unused]] SignalHandlers handlers;
     if (!sigsetjmp(on_failure, 1)) {
-        if (!stacks.reserve(block_size.x * block_size.y * block_size.z)) fail("no memory for the stacks of a block");
         if (!dynamic_shared.reserve(wanted.shared_bytes)) fail("no memory for the shared memory of a block");
         run_grid();
     }
     running = nullptr;
 #if HOST_ASAN
-    if (failed) __asan_unpoison_memory_region(stacks.base, stacks.threads * Stacks::STRIDE);
+    if (failed) __asan_unpoison_memory_region(wanted.stacks.base, wanted.stacks.threads * Stacks::STRIDE);
 #endif
     return failed;
 }

@@ -30,6 +30,14 @@ PROT_NONE = 0
 FAR = 1 << 16  # from an array: an address so far away was not meant for it
 
 
+def _mapped(length: int) -> int:
+    protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    base = _libc.mmap(None, length, protection, flags, -1, 0)
+    if base is None or base == ctypes.c_void_p(-1).value:
+        raise MemoryError(f"{length} bytes")
+    return int(base)
+
+
 class HostMemory:
     """`size` bytes at `address`, given back when nothing refers to this object any more."""
 
@@ -39,10 +47,7 @@ class HostMemory:
         data = _round_up(size, ALIGNMENT)
         pages = _round_up(data, PAGE)
         length = pages + 2 * PAGE
-        protection = mmap.PROT_READ | mmap.PROT_WRITE
-        base = _libc.mmap(None, length, protection, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
-        if base is None or base == ctypes.c_void_p(-1).value:
-            raise MemoryError(f"{size} bytes")
+        base = _mapped(length)
         for guard in (base, base + PAGE + pages):
             _libc.mprotect(guard, PAGE, PROT_NONE)
         self.size = size
@@ -65,6 +70,25 @@ class HostMemory:
                 found = f"{distance} byte(s) {side} an array of {self.size} bytes"
                 part[:] = PATTERN
         return found
+
+
+_stacks: dict[int, tuple[int, int]] = {}
+
+
+def stacks(threads: int, stride: int) -> int:
+    """Where stacks for so many threads begin, each above a page that may not be touched: the same for every library.
+
+    Stacks of its own for each library would run into the system's limit on the number of mappings, which is 65530.
+    """
+    base, reserved = _stacks.get(stride, (0, 0))
+    if reserved < threads:
+        if base:
+            _libc.munmap(base, reserved * stride)
+        base = _mapped(threads * stride)
+        for guard in range(base, base + threads * stride, stride):
+            _libc.mprotect(guard, PAGE, PROT_NONE)
+        _stacks[stride] = base, threads
+    return base
 
 
 def describe(address: int) -> str:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import subprocess
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from neox.gpu.host.memory import HostMemory, describe
+from neox.gpu.host.memory import HostMemory, describe, stacks
 
 ORDERS = {"forward": 0, "reverse": 1, "seeded": 2}
 Size = tuple[int, int, int]
+
+_one_at_a_time = threading.Lock()  # all launches share the stacks, and those of one library its state
 
 
 class KernelError(RuntimeError):
@@ -27,6 +31,8 @@ class Launch(ctypes.Structure):  # schedule.h
         ("shared_bytes", ctypes.c_uint),
         ("order", ctypes.c_int),
         ("seed", ctypes.c_uint64),
+        ("stacks", ctypes.c_void_p),
+        ("threads", ctypes.c_size_t),
     ]
 
 
@@ -62,6 +68,7 @@ class HostModule:
         self.path = library
         self.library = ctypes.CDLL(str(library))
         self.library.last_failure.restype = ctypes.POINTER(Failure)
+        self.library.stack_stride.restype = ctypes.c_size_t
         self.kernels = {name: HostKernel(self, i, name) for i, name in enumerate(kernels)}
 
     def source_line(self, program_counter: int) -> str:
@@ -107,9 +114,11 @@ class HostKernel:
 
     def launch(self, grid: Size, block: Size, packed: Packed, shared_bytes: int, order: str, seed: int) -> None:
         """Run every block. KernelError says what went wrong."""
-        sizes = (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(*block)
-        request = Launch(*sizes, shared_bytes, ORDERS[order], seed)
-        failed = self._launch(ctypes.byref(request), packed.pointers)
+        sizes, threads = ((ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(*block)), math.prod(block)
+        with _one_at_a_time:
+            base = stacks(threads, self.module.library.stack_stride())
+            request = Launch(*sizes, shared_bytes, ORDERS[order], seed, base, threads)
+            failed = self._launch(ctypes.byref(request), packed.pointers)
         title = f"{self.name} <<<{grid}, {block}, {shared_bytes}>>>"
         if failed:
             raise KernelError(f"{title}: {self._what_failed()}")

@@ -14,6 +14,7 @@ struct Launch {  // as laid out in module.py
     unsigned grid[3], block[3], shared_bytes;
     int order;
     uint64_t seed;
+    Stacks stacks;
 };
 
 struct Place { const char* what; const char* file; int line; };
@@ -66,7 +67,6 @@ static dim3 grid_size, block_size;
 static Block block;
 static Fiber* running;            // nullptr: the launcher
 static void* launcher_context;
-static Stacks stacks;
 
 // No containers of the standard library here: their code would be instrumented, and the sanitizers report it.
 struct Ready { Fiber* ring[2 * MOST_THREADS]; unsigned bottom, size; };
