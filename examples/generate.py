@@ -3,6 +3,7 @@
     python examples/generate.py --prompt "Once upon a time"
     python examples/generate.py --model pythia-70m --prompt "The capital of France is" --temperature 0.8 --top-p 0.95
     cat story.txt | python examples/generate.py --model path/to/folder --prompt - --stop "The end" --json
+    python examples/generate.py --backend gpu --device host --prompt "Once upon a time"
 
 The prompt and its continuation go to stdout, everything else to stderr. With several --prompt, the texts are continued
 side by side and printed one after the other, an empty line between them. Without --model, a small model that comes with
@@ -16,8 +17,9 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,14 @@ from tqdm import tqdm
 from neox.reference import shipped
 from neox.reference.checkpoint.hub import find
 from neox.reference.checkpoint.load import load
+from neox.reference.config import Config
 from neox.reference.errors import InputError, Parser, run
-from neox.reference.generate import CachedDecoder, Completion, Piece, Request, gathered, stream
+from neox.reference.generate import CachedDecoder, Completion, Decoder, Piece, Request, gathered, stream
 from neox.reference.sampling import Sampling, new_seed
 from neox.reference.tokenizer import Tokenizer, load_tokenizer
 
 PROMPT = "Once upon a time"
+DTYPES = {"reference": ("float32", "float64"), "gpu": ("float16", "bfloat16", "float32")}  # the default first
 
 # Flags.
 
@@ -57,13 +61,15 @@ def parser() -> Parser:
 def _add_model(flags: argparse._ArgumentGroup) -> None:
     flags.add_argument("--model", metavar="PATH|NAME", help="a folder, or a name on huggingface.co such as pythia-70m")
     flags.add_argument("--revision", help="of a named model, such as step1000; of a folder, a folder inside it")
-    flags.add_argument("--backend", choices=["reference"], default="reference")
-    flags.add_argument("--dtype", choices=["float32", "float64"], default="float32", help="to compute in")
+    flags.add_argument("--backend", choices=list(DTYPES), default="reference", help="NumPy, or CUDA kernels")
+    flags.add_argument("--device", choices=["cuda", "host"], help="of --backend gpu; host runs its kernels on the CPU")
+    every = sorted({dtype for dtypes in DTYPES.values() for dtype in dtypes})
+    flags.add_argument("--dtype", choices=every, help="to compute in: float32 by default, on the gpu float16")
     flags.add_argument(
         "--weights",
         choices=["auto", "upcast", "stored"],
-        default="auto",
-        help="converted to --dtype at once, or kept as stored and converted at every use; auto: what memory allows",
+        help="of the reference: converted to --dtype at once, or kept as stored and converted at every use; "
+        "auto, the default: what memory allows",
     )
     flags.add_argument(
         "--set",
@@ -136,6 +142,41 @@ def model_folder(args: argparse.Namespace) -> Path:
         raise InputError("--revision needs a --model")
     note("model: the small one that comes with the package; others by --model, such as pythia-70m, or a folder")
     return shipped.path()
+
+
+# Backends: what continues texts, and how many positions it reads for them.
+
+Read = Callable[[int], None]  # called with the number of positions that were read
+
+
+@dataclass(frozen=True)
+class Backend:
+    config: Config
+    decoder: Callable[[Sequence[Request], Tokenizer, Read], Decoder]
+    positions: Callable[[Sequence[int]], int]  # of the lengths of the prompts
+
+
+def check_backend(args: argparse.Namespace) -> None:
+    if args.dtype is not None and args.dtype not in DTYPES[args.backend]:
+        raise InputError(f"--backend {args.backend} computes in {' or '.join(DTYPES[args.backend])}, not {args.dtype}")
+    if args.backend == "gpu" and args.weights is not None:
+        raise InputError("--weights belongs to --backend reference: on the gpu weights are always kept as --dtype")
+    if args.backend != "gpu" and args.device is not None:
+        raise InputError("--device belongs to --backend gpu")
+
+
+def open_backend(args: argparse.Namespace, folder: Path) -> Backend:
+    """InputError if flags do not belong together, or for whatever is wrong with the model or the device."""
+    check_backend(args)
+    fields, dtype = overrides(args.set), args.dtype or DTYPES[args.backend][0]
+    if args.backend == "gpu":
+        from neox import gpu
+
+        on_device = gpu.load(folder, dtype=dtype, device=args.device or "cuda", **fields)
+        return Backend(on_device.config, partial(gpu.decoder_for, on_device), sum)
+    model = load(folder, dtype=dtype, weights=args.weights or "auto", **fields)
+    # Shorter prompts are padded: all are read side by side.
+    return Backend(model.config, lambda requests, tokenizer, read: CachedDecoder(model, read), max)
 
 
 # What is printed.
@@ -251,25 +292,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     timing = Timing()
     start = time.perf_counter()
-    fields = overrides(args.set)
     folder = model_folder(args)
     tokenizer = load_tokenizer(folder)
     prompts = read_prompts(args.prompt or [PROMPT])
     requests = read_requests(args, prompts, tokenizer)
-    model = load(folder, dtype=args.dtype, weights=args.weights, **fields)
-    if tokenizer.eos is not None and tokenizer.eos != model.config.eos_token_id:
-        note(f"the config's end-of-text id is {model.config.eos_token_id}; the tokenizer's, {tokenizer.eos}, is used")
+    backend = open_backend(args, folder)
+    if tokenizer.eos is not None and tokenizer.eos != backend.config.eos_token_id:
+        note(f"the config's end-of-text id is {backend.config.eos_token_id}; the tokenizer's, {tokenizer.eos}, is used")
     timing.load = time.perf_counter() - start
 
-    longest = max(len(request.prompt) for request in requests)
-    with tqdm(total=longest, desc="prompt", unit="token", delay=2, disable=None, leave=False) as bar:
+    total = backend.positions([len(request.prompt) for request in requests])
+    with tqdm(total=total, desc="prompt", unit="token", delay=2, disable=None, leave=False) as bar:
 
         def read(positions: int) -> None:
             bar.update(positions)
-            if bar.n == longest:
+            if bar.n == total:
                 bar.close()  # before the text begins
 
-        pieces = timing.watch(stream(CachedDecoder(model, read), requests, tokenizer))
+        pieces = timing.watch(stream(backend.decoder(requests, tokenizer, read), requests, tokenizer))
         if args.json:
             completions = gathered(pieces, len(requests))
         else:

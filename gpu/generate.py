@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from numpy.typing import ArrayLike
 
@@ -13,12 +13,21 @@ from neox.reference.sampling import Sampling
 from neox.reference.tokenizer import Tokenizer
 
 
-def decoder_for(model: Model, request: Request, tokenizer: Tokenizer | None = None) -> CachedDecoder:
-    """The one that copies no more than the request needs."""
+def decoder_for(
+    model: Model,
+    requests: Sequence[Request],
+    tokenizer: Tokenizer | None = None,
+    progress: Callable[[int], object] = lambda _: None,
+) -> CachedDecoder:
+    """The one that copies no more than these requests need. progress: as of CachedDecoder."""
     allowed = None if tokenizer is None else tokenizer.has_token(model.config.vocab_size)
+    kind = GreedyDecoder if all(map(_likeliest_suffices, requests)) else CachedDecoder
+    return kind(model, progress, allowed)
+
+
+def _likeliest_suffices(request: Request) -> bool:
     sampling = request.sampling
-    greedy = sampling.temperature == 0 and sampling.repetition_penalty == 1 and request.logprobs is None
-    return (GreedyDecoder if greedy else CachedDecoder)(model, allowed=allowed)
+    return sampling.temperature == 0 and sampling.repetition_penalty == 1 and request.logprobs is None
 
 
 def generate(
@@ -37,5 +46,5 @@ def generate(
     """The ids that continue one text, each as soon as it is chosen: as reference.generate, of the same arguments."""
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     request = Request(one_sequence(ids).tolist(), max_tokens, sampling, ignore_eos=ignore_eos)
-    pieces = stream(decoder_for(model, request, tokenizer), [request], tokenizer)
+    pieces = stream(decoder_for(model, [request], tokenizer), [request], tokenizer)
     return (piece.id for piece in pieces)

@@ -27,9 +27,13 @@ def card() -> Device:
     return CudaDevice()
 
 
+def on_a_card() -> bool:
+    return os.environ.get("NEOX_TEST_DEVICE") == "cuda"
+
+
 def all_devices() -> list[Device]:
     """What a property must hold on."""
-    if os.environ.get("NEOX_TEST_DEVICE") == "cuda":
+    if on_a_card():
         return [card()]
     return [host(order, seed) for order, seed in SCHEDULES]
 
