@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from neox.reference.config import Config
 from neox.reference.model import MLP, Array, Attention, Layer, LayerNorm, Linear, Params
@@ -104,3 +104,17 @@ def build_params(config: Config, get: Get) -> Params:
         final_layer_norm=layer_norm(FINAL_LAYER_NORM),
         embed_out=tensors.get(EMBED_OUT, tensors[EMBED_IN]),
     )
+
+
+def named_tensors(config: Config, params: Params) -> dict[str, Array]:
+    """The arrays of the parameters, or of anything in their shape, under the names of the table and in its order."""
+
+    def find(name: str) -> Array:
+        part: Any = params
+        for step in name.removesuffix(".weight" if name in (EMBED_IN, EMBED_OUT) else "").split("."):
+            if step != "gpt_neox":
+                part = part[int(step)] if step.isdigit() else getattr(part, step)
+        array: Array = part
+        return array
+
+    return {name: find(name) for name in tensor_table(config)}
