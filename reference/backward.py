@@ -1,11 +1,9 @@
 """The gradient of the loss with respect to every parameter, written out: the mirror of model.py, function by function.
 
-    dlogits  = (softmax(logits) - one_hot(next ids)) / positions
-    dx       = unembed'(dlogits)
+    dlogits = (softmax(logits) - one_hot(next ids)) / positions
+    dx      = unembed'(dlogits)
     for each layer, the last first:
-        dnormed  = attention'(dx)                  both branches receive the same dx, and what they return is added to it
-        dnormed' = mlp'(dx)
-        dx       = dx + LN1'(dnormed) + LN2'(dnormed')
+        dx   = LN1'(attention'(dx)) + LN2'(mlp'(dx)) + dx     both branches receive the same dx
     dembed_in[id] = sum of dx over the positions of that id
 
 Each function here stands for the one of its name in model.py. It takes the gradient of the loss with respect to what

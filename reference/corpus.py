@@ -117,6 +117,17 @@ class Packed:
         starts = np.asarray(indices)[:, None] * self.length
         return self.ids[starts + np.arange(self.length + 1)].astype(np.int64)
 
+    def split(self, held_out: int) -> tuple[Packed, Packed]:
+        """The rows but the last ones, and the last ones. InputError if nothing would be left."""
+        if self.rows <= held_out:
+            raise InputError(f"{len(self.ids)} tokens are {self.rows} rows of {self.length}: too few to hold some out")
+        kept = (self.rows - held_out) * self.length
+        return Packed(self.ids[: kept + 1], self.length), Packed(self.ids[kept:], self.length)
+
+    def first(self, rows: int) -> Packed:
+        """So many rows of it, or all if there are fewer."""
+        return Packed(self.ids[: rows * self.length + 1], self.length)
+
     def checksum(self) -> int:
         """Tells whether a run goes on with the data it began with."""
         return zlib.crc32(self.ids.tobytes())

@@ -96,6 +96,10 @@ class Tokenizer:
         """Which ids of a model's vocabulary have a token."""
         return np.isin(np.arange(vocab_size), list(self._bytes))
 
+    def to_json(self) -> str:
+        """The contents of a tokenizer.json."""
+        return self._library.to_str(pretty=True)
+
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """One piece of text for each id, and a last one: joined, they are decode(ids)."""
         utf8 = Utf8Stream()

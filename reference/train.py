@@ -12,11 +12,10 @@ fixed by the settings too, not by how many threads share the work.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -49,15 +48,15 @@ class Settings:
     warmup: float = 0.01  # part of the steps
     final_rate: float = 0.1  # of the peak
     clip: float = 1.0
-    adam: AdamW = AdamW()
+    adam: AdamW = field(default_factory=AdamW)
     seed: int = 0
     save_every: int = 1000
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name not in ("adam", "seed", "warmup") and not value > 0:
-                raise InputError(f"{field.name} must be positive, not {value!r}")
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name not in ("adam", "seed", "warmup") and not value > 0:
+                raise InputError(f"{option.name} must be positive, not {value!r}")
         if self.batch % self.micro_batch:
             raise InputError(f"a batch of {self.batch} rows cannot be cut into micro-batches of {self.micro_batch}")
 
@@ -121,8 +120,10 @@ def advance(state: State, settings: Settings, ids: Array) -> tuple[State, Progre
     loss, gradients = gradient_of(state.model, ids, settings.micro_batch)
     norm = clip(gradients, settings.clip)
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise InputError(f"at step {step} the loss is {loss} and its gradient's length {norm}: train from the last "
-                         "checkpoint with a lower learning rate")
+        raise InputError(
+            f"at step {step} the loss is {loss} and its gradient's length {norm}: train from the last "
+            "checkpoint with a lower learning rate"
+        )
     rate = settings.rate(step)
     parameters = named_tensors(state.model.config, state.model.params)
     update(settings.adam, parameters, gradients, state.moments, step, rate)
@@ -132,7 +133,7 @@ def advance(state: State, settings: Settings, ids: Array) -> tuple[State, Progre
 def updates(state: State, settings: Settings, data: Packed) -> Iterator[tuple[State, Progress]]:
     """The rest of the run, a step at a time. InputError if the data does not fill one batch."""
     if data.rows < settings.batch:
-        raise InputError(f"{len(data.ids)} tokens make {data.rows} rows of {data.length}, but a batch has {settings.batch}")
+X
     while state.step < settings.steps:
         rows = batch_rows(data.rows, settings.batch, state.step, settings.seed)
         state, progress = advance(state, settings, data[rows])
@@ -185,7 +186,8 @@ def restore(folder: Path) -> tuple[State, Settings, int]:
     last = folder / f"step{steps[-1]}"
     training = read_json(last / TRAINING)
     stored = load(last, weights="stored")
-    params = build_params(stored.config, lambda spec: np.array(named_tensors(stored.config, stored.params)[spec.name]))
+    tensors = named_tensors(stored.config, stored.params)
+    params = build_params(stored.config, lambda spec: np.array(tensors[spec.name]))
     moments = {name: np.array(mapped(tensor)) for name, tensor in read_header(last / OPTIMIZER).items()}
     m, v = ({name[2:]: array for name, array in moments.items() if name[0] == kind} for kind in "mv")
     state = State(training["step"], Model(stored.config, params), Moments(m, v))

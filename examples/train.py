@@ -1,0 +1,242 @@
+"""Train a GPT-NeoX model on a folder of text, from nothing.
+
+    python examples/train.py path/to/texts --out run --steps 2000
+    python examples/train.py path/to/texts --out run --steps 2000 --resume
+
+The text: .txt files, each one document, and .jsonl or .jsonl.gz with a "text" in each line. Its tokenizer is trained on
+it too, unless --tokenizer names one. Checkpoints go to run/step{N}, in Hugging Face's layout, so that every program
+that reads GPT-NeoX models can read them; run/losses.jsonl has the loss of every step, and run/losses.png is its picture
+where matplotlib is installed. With --resume, the run goes on after its last checkpoint, and ends as if it had never
+been interrupted: to the last bit, on the same machine and versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from neox.reference.checkpoint.save import write_file
+from neox.reference.config import Config, parameter_count
+from neox.reference.corpus import Packed, documents, pack, train_tokenizer
+from neox.reference.errors import InputError, Parser, run
+from neox.reference.optimizer import AdamW
+from neox.reference.tokenizer import Tokenizer, load_tokenizer
+from neox.reference.train import Settings, State, begin, held_out_loss, restore, save_step, saved_steps, updates
+
+LOSSES = "losses.jsonl"
+HELD_OUT_ROWS = 64  # measured at every checkpoint; the whole of a large held-out text would take longer than training
+
+
+# Flags.
+
+
+def parser() -> Parser:
+    flags = Parser(description="Train a GPT-NeoX model on a folder of text.", allow_abbrev=False)
+    flags.add_argument("text", type=Path, help="a folder of .txt, .jsonl and .jsonl.gz files, or one of them")
+    flags.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where checkpoints go")
+    flags.add_argument("--resume", action="store_true", help="go on after the last checkpoint in --out")
+    flags.add_argument("--held-out", type=Path, metavar="PATH", help="text to measure on; else the last hundredth")
+    flags.add_argument("--tokenizer", metavar="PATH|NAME", help="a tokenizer.json or a model's; else one is trained")
+    flags.add_argument("--vocab-size", type=int, default=1024, metavar="V", help="of the tokenizer that is trained")
+    shape = flags.add_argument_group("model")
+    shape.add_argument("--layers", type=int, default=5, metavar="L")
+    shape.add_argument("--hidden", type=int, default=160, metavar="C")
+    shape.add_argument("--heads", type=int, default=5, metavar="H")
+    _add_settings(flags.add_argument_group("training"))
+    return flags
+
+
+def _add_settings(flags: argparse._ArgumentGroup) -> None:
+    default = {field.name: field.default for field in fields(Settings)}
+    flags.add_argument("--steps", type=int, default=2000, metavar="N", help="updates")
+    flags.add_argument("--batch", type=int, default=default["batch"], metavar="ROWS", help="of an update")
+    flags.add_argument("--micro-batch", type=int, default=default["micro_batch"], metavar="ROWS", help="at once")
+    flags.add_argument("--length", type=int, default=default["length"], metavar="T", help="tokens of a row")
+    flags.add_argument("--learning-rate", type=float, default=default["learning_rate"], help="at its peak")
+    flags.add_argument("--warmup", type=float, default=default["warmup"], metavar="PART", help="of the steps")
+    flags.add_argument("--weight-decay", type=float, default=AdamW().weight_decay)
+    flags.add_argument(
+        "--save-every", type=int, default=default["save_every"], metavar="N", help="steps; at first more"
+    )
+    flags.add_argument("--seed", type=int, default=0)
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    given = {field.name: getattr(args, field.name) for field in fields(Settings) if hasattr(args, field.name)}
+    return Settings(**given, adam=AdamW(weight_decay=args.weight_decay))
+
+
+def config_of(args: argparse.Namespace, vocab_size: int) -> Config:
+    return Config(
+        vocab_size=vocab_size,
+        hidden_size=args.hidden,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        intermediate_size=4 * args.hidden,
+        max_position_embeddings=args.length,
+    )
+
+
+# Data.
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def tokenizer_file(args: argparse.Namespace) -> Path:
+    """The tokenizer.json of the run: kept from its beginning, or the one that is named, or one that is trained."""
+    kept: Path = args.out / "tokenizer.json"
+    if args.resume and kept.is_file():
+        return kept
+    if args.tokenizer is not None:
+        content = load_tokenizer(args.tokenizer).to_json()
+    else:
+        note(f"training a tokenizer of {args.vocab_size} tokens")
+        content = train_tokenizer(documents(args.text), args.vocab_size).to_str(pretty=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_file(kept, content.encode("utf-8"))
+    return kept
+
+
+def read_data(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[Packed, Packed]:
+    """To train on, and held out."""
+    data = pack(documents(args.text), tokenizer, args.length)
+    if args.held_out is not None:
+        held = pack(documents(args.held_out), tokenizer, args.length)
+    else:
+        data, held = data.split(max(1, data.rows // 100))
+    return data, held.first(HELD_OUT_ROWS)
+
+
+# The run.
+
+
+def same(what: str, saved: Any, given: Any) -> None:
+    if saved != given:
+        raise InputError(f"{what} of the run in --out is {saved}, but now it is {given}: resume it as it was begun")
+
+
+def start(args: argparse.Namespace, config: Config, data: Packed) -> State:
+    """The first state, or with --resume the last one that was saved."""
+    settings = settings_of(args)
+    if not args.resume and saved_steps(args.out):
+        raise InputError(f"{args.out} holds a run already: add --resume to go on with it, or name another folder")
+    if not saved_steps(args.out):
+        return begin(config, settings)
+    state, saved, checksum = restore(args.out)
+    for field in fields(Settings):
+        same(field.name, getattr(saved, field.name), getattr(settings, field.name))
+    same("the model", state.model.config, config)
+    same("the checksum of the text", checksum, data.checksum())
+    return state
+
+
+def read_losses(path: Path, last: int) -> list[dict[str, Any]]:
+    """The lines up to a step; those after it, which a run that was killed may have left, are written again."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    entries = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [entry for entry in entries if entry["step"] <= last]
+
+
+def draw(entries: Sequence[dict[str, Any]], path: Path) -> None:
+    """The loss of every step, and of the held-out text."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    trained = [entry for entry in entries if "loss" in entry]
+    held = [entry for entry in entries if "held_out" in entry]
+    axes.plot([e["step"] for e in trained], [e["loss"] for e in trained], linewidth=0.5, label="trained on")
+    axes.plot([e["step"] for e in held], [e["held_out"] for e in held], "o-", label="held out")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", xscale="symlog", xlim=(0, None))
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+@dataclass
+class Keeper:
+    """What is kept of a run: a line for each step, and the checkpoints."""
+
+    out: Path
+    settings: Settings
+    tokenizer: bytes
+    held_out: Packed
+    checksum: int
+    entries: list[dict[str, Any]]
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """While it is open, `add` appends to the file of losses; in the end it is drawn."""
+        write_file(self.out / LOSSES, "".join(json.dumps(entry) + "\n" for entry in self.entries).encode())
+        with (self.out / LOSSES).open("a", encoding="utf-8") as self.file:
+            try:
+                yield
+            finally:
+                if find_spec("matplotlib") and len(self.entries) > 1:
+                    draw(self.entries, self.out / "losses.png")
+
+    def add(self, state: State, entry: dict[str, Any], speed: float) -> None:
+        """The line comes first: one without its checkpoint is dropped on resuming, the reverse would be a gap."""
+        saves = self.settings.saves(state.step)
+        if saves:
+            entry["held_out"] = held_out_loss(state.model, self.held_out)
+        self.entries.append(entry)
+        self.file.write(json.dumps(entry) + "\n")
+        self.file.flush()
+        if saves:
+            save_step(self.out, state, self.settings, self.tokenizer, self.checksum)
+            trained = f"loss {entry['loss']:.3f}, " if "loss" in entry else ""
+            tqdm.write(
+                f"step {state.step}: {trained}held out {entry['held_out']:.3f}, {speed:.0f} tokens/s", sys.stderr
+            )
+
+
+def train(state: State, data: Packed, keeper: Keeper) -> None:
+    settings = keeper.settings
+    with keeper.recording(), tqdm(total=settings.steps, initial=state.step, unit="step", disable=None) as bar:
+        if state.step == 0:
+            keeper.add(state, {"step": 0}, 0.0)
+        began, first = time.perf_counter(), state.step
+        for reached, progress in updates(state, settings, data):
+            tokens = (reached.step - first) * settings.batch * settings.length
+            speed = tokens / (time.perf_counter() - began)
+            keeper.add(reached, asdict(progress), speed)
+            bar.set_postfix_str(f"loss {progress.loss:.3f}, {speed:.0f} tokens/s", refresh=False)
+            bar.update()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    settings = settings_of(args)
+    file = tokenizer_file(args)
+    tokenizer = load_tokenizer(file)
+    config = config_of(args, tokenizer.size)
+    data, held_out = read_data(args, tokenizer)
+    state = start(args, config, data)
+    note(
+        f"{parameter_count(config):,} parameters, {len(data.ids):,} tokens of text, steps {state.step} to {settings.steps}"
+    )
+    entries = read_losses(args.out / LOSSES, state.step) if state.step else []
+    train(state, data, Keeper(args.out, settings, file.read_bytes(), held_out, data.checksum(), entries))
+    if not find_spec("matplotlib"):
+        note('no picture of the losses: matplotlib is not installed (pip install "neox20b[plot]")')
+
+
+if __name__ == "__main__":
+    run(main)
