@@ -229,9 +229,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = config_of(args, tokenizer.size)
     data, held_out = read_data(args, tokenizer)
     state = start(args, config, data)
-    note(
-        f"{parameter_count(config):,} parameters, {len(data.ids):,} tokens of text, steps {state.step} to {settings.steps}"
-    )
+    size = f"{parameter_count(config):,} parameters, {len(data.ids):,} tokens of text"
+    note(f"{size}, steps {state.step} to {settings.steps}")
     entries = read_losses(args.out / LOSSES, state.step) if state.step else []
     train(state, data, Keeper(args.out, settings, file.read_bytes(), held_out, data.checksum(), entries))
     if not find_spec("matplotlib"):

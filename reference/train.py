@@ -133,7 +133,8 @@ def advance(state: State, settings: Settings, ids: Array) -> tuple[State, Progre
 def updates(state: State, settings: Settings, data: Packed) -> Iterator[tuple[State, Progress]]:
     """The rest of the run, a step at a time. InputError if the data does not fill one batch."""
     if data.rows < settings.batch:
-X
+        given = f"{len(data.ids)} tokens make {data.rows} rows of {data.length}"
+        raise InputError(f"{given}, but a batch has {settings.batch}: give more text, or make it smaller")
     while state.step < settings.steps:
         rows = batch_rows(data.rows, settings.batch, state.step, settings.seed)
         state, progress = advance(state, settings, data[rows])
