@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,7 +33,17 @@ from neox.reference.corpus import Packed, documents, pack, train_tokenizer
 from neox.reference.errors import InputError, Parser, run
 from neox.reference.optimizer import AdamW
 from neox.reference.tokenizer import Tokenizer, load_tokenizer
-from neox.reference.train import Settings, State, begin, held_out_loss, restore, save_step, saved_steps, updates
+from neox.reference.train import (
+    Progress,
+    Settings,
+    State,
+    begin,
+    held_out_loss,
+    restore,
+    save_step,
+    saved_steps,
+    updates,
+)
 
 LOSSES = "losses.jsonl"
 HELD_OUT_ROWS = 64  # measured at every checkpoint; the whole of a large held-out text would take longer than training
@@ -104,7 +116,6 @@ def tokenizer_file(args: argparse.Namespace) -> Path:
     else:
         note(f"training a tokenizer of {args.vocab_size} tokens")
         content = train_tokenizer(documents(args.text), args.vocab_size).to_str(pretty=True)
-    args.out.mkdir(parents=True, exist_ok=True)
     write_file(kept, content.encode("utf-8"))
     return kept
 
@@ -116,6 +127,8 @@ def read_data(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[Packed, P
         held = pack(documents(args.held_out), tokenizer, args.length)
     else:
         data, held = data.split(max(1, data.rows // 100))
+    if held.rows == 0:
+        raise InputError(f"{args.held_out} has {len(held.ids)} tokens: too few for a row of {args.length}")
     return data, held.first(HELD_OUT_ROWS)
 
 
@@ -130,8 +143,6 @@ def same(what: str, saved: Any, given: Any) -> None:
 def start(args: argparse.Namespace, config: Config, data: Packed) -> State:
     """The first state, or with --resume the last one that was saved."""
     settings = settings_of(args)
-    if not args.resume and saved_steps(args.out):
-        raise InputError(f"{args.out} holds a run already: add --resume to go on with it, or name another folder")
     if not saved_steps(args.out):
         return begin(config, settings)
     state, saved, checksum = restore(args.out)
@@ -151,79 +162,96 @@ def read_losses(path: Path, last: int) -> list[dict[str, Any]]:
     return [entry for entry in entries if entry["step"] <= last]
 
 
-def draw(entries: Sequence[dict[str, Any]], path: Path) -> None:
-    """The loss of every step, and of the held-out text."""
+def picture(entries: Sequence[dict[str, Any]]) -> bytes:
+    """The loss of every step, and of the held-out text: a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    trained = [entry for entry in entries if "loss" in entry]
-    held = [entry for entry in entries if "held_out" in entry]
-    axes.plot([e["step"] for e in trained], [e["loss"] for e in trained], linewidth=0.5, label="trained on")
-    axes.plot([e["step"] for e in held], [e["held_out"] for e in held], "o-", label="held out")
+    for name, style, label in (("loss", "-", "trained on"), ("held_out", "o-", "held out")):
+        points = [(entry["step"], entry[name]) for entry in entries if name in entry]
+        axes.plot(*zip(*points, strict=True), style, linewidth=0.8, markersize=4, label=label)
     axes.set(xlabel="step", ylabel="loss (nats per token)", xscale="symlog", xlim=(0, None))
     axes.legend()
-    figure.savefig(path, dpi=150)
+    png = io.BytesIO()
+    figure.savefig(png, dpi=150)
     pyplot.close(figure)
+    return png.getvalue()
 
 
-@dataclass
-class Keeper:
-    """What is kept of a run: a line for each step, and the checkpoints."""
+class Losses:
+    """The file with a line for each step, which is complete up to the last checkpoint whenever the run is stopped."""
 
-    out: Path
+    def __init__(self, path: Path, last: int) -> None:
+        """Go on after the step `last`; what a run that was killed had written after it is written again."""
+        self.entries = read_losses(path, last) if last else []
+        write_file(path, "".join(json.dumps(entry) + "\n" for entry in self.entries).encode())
+        self.path = path
+        self.file = path.open("ab", buffering=0)  # a buffer would be written once more on closing a full disk
+
+    def add(self, entry: dict[str, Any]) -> None:
+        self.entries.append(entry)
+        line = (json.dumps(entry) + "\n").encode()
+        try:
+            whole = self.file.write(line) == len(line)
+        except OSError as error:
+            raise InputError(f"cannot write {self.path}: {error.strerror}") from error
+        if not whole:
+            raise InputError(f"cannot write {self.path}: the disk is full")
+
+    def close(self) -> None:
+        self.file.close()
+        if find_spec("matplotlib") and len(self.entries) > 1:
+            write_file(self.path.with_suffix(".png"), picture(self.entries))
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """What is kept of a run: a line for each step, and checkpoints."""
+
+    args: argparse.Namespace
     settings: Settings
     tokenizer: bytes
     held_out: Packed
     checksum: int
-    entries: list[dict[str, Any]]
-
-    @contextlib.contextmanager
-    def recording(self) -> Iterator[None]:
-        """While it is open, `add` appends to the file of losses; in the end it is drawn."""
-        write_file(self.out / LOSSES, "".join(json.dumps(entry) + "\n" for entry in self.entries).encode())
-        with (self.out / LOSSES).open("a", encoding="utf-8") as self.file:
-            try:
-                yield
-            finally:
-                if find_spec("matplotlib") and len(self.entries) > 1:
-                    draw(self.entries, self.out / "losses.png")
+    losses: Losses
 
     def add(self, state: State, entry: dict[str, Any], speed: float) -> None:
-        """The line comes first: one without its checkpoint is dropped on resuming, the reverse would be a gap."""
-        saves = self.settings.saves(state.step)
-        if saves:
-            entry["held_out"] = held_out_loss(state.model, self.held_out)
-        self.entries.append(entry)
-        self.file.write(json.dumps(entry) + "\n")
-        self.file.flush()
-        if saves:
-            save_step(self.out, state, self.settings, self.tokenizer, self.checksum)
-            trained = f"loss {entry['loss']:.3f}, " if "loss" in entry else ""
-            tqdm.write(
-                f"step {state.step}: {trained}held out {entry['held_out']:.3f}, {speed:.0f} tokens/s", sys.stderr
-            )
+        """The line comes before its checkpoint: one too many is dropped on resuming, one too few would be a gap."""
+        if not self.settings.saves(state.step):
+            return self.losses.add(entry)
+        entry["held_out"] = held_out_loss(state.model, self.held_out)
+        self.losses.add(entry)
+        save_step(self.args.out, state, self.settings, self.tokenizer, self.checksum)
+        shown = ", ".join(f"{name} {entry[name]:.3f}" for name in ("loss", "held_out") if name in entry)
+        tqdm.write(f"step {state.step}: {shown}, {speed:.0f} tokens/s", sys.stderr)
 
 
-def train(state: State, data: Packed, keeper: Keeper) -> None:
-    settings = keeper.settings
-    with keeper.recording(), tqdm(total=settings.steps, initial=state.step, unit="step", disable=None) as bar:
+def train(state: State, rest: Iterable[tuple[State, Progress]], recorder: Recorder) -> None:
+    settings = recorder.settings
+    with (
+        contextlib.closing(recorder.losses),
+        tqdm(total=settings.steps, initial=state.step, unit="step", disable=None) as bar,
+    ):
         if state.step == 0:
-            keeper.add(state, {"step": 0}, 0.0)
+            recorder.add(state, {"step": 0}, 0.0)
         began, first = time.perf_counter(), state.step
-        for reached, progress in updates(state, settings, data):
+        for reached, progress in rest:
             tokens = (reached.step - first) * settings.batch * settings.length
             speed = tokens / (time.perf_counter() - began)
-            keeper.add(reached, asdict(progress), speed)
+            recorder.add(reached, asdict(progress), speed)
             bar.set_postfix_str(f"loss {progress.loss:.3f}, {speed:.0f} tokens/s", refresh=False)
             bar.update()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
+    warnings.simplefilter("ignore", RuntimeWarning)  # a loss that overflows is reported once, by an error of our own
     settings = settings_of(args)
+    if not args.resume and saved_steps(args.out):
+        raise InputError(f"{args.out} holds a run already: add --resume to go on with it, or name another folder")
     file = tokenizer_file(args)
     tokenizer = load_tokenizer(file)
     config = config_of(args, tokenizer.size)
@@ -231,8 +259,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     state = start(args, config, data)
     size = f"{parameter_count(config):,} parameters, {len(data.ids):,} tokens of text"
     note(f"{size}, steps {state.step} to {settings.steps}")
-    entries = read_losses(args.out / LOSSES, state.step) if state.step else []
-    train(state, data, Keeper(args.out, settings, file.read_bytes(), held_out, data.checksum(), entries))
+    rest = updates(state, settings, data)
+    losses = Losses(args.out / LOSSES, state.step)
+    train(state, rest, Recorder(args, settings, file.read_bytes(), held_out, data.checksum(), losses))
     if not find_spec("matplotlib"):
         note('no picture of the losses: matplotlib is not installed (pip install "neox20b[plot]")')
 

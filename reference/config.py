@@ -50,7 +50,7 @@ class Config:
     intermediate_size: int
     hidden_act: str = "gelu_fast"  # or "gelu"; other names of the two are accepted and replaced
     rotary_pct: float = 0.25  # the part of each head that is rotated
-    rotary_emb_base: float = 10000
+    rotary_emb_base: float = 10000.0
     rotary_dtype: str = "float32"  # of angles and their cosines; "float16" as the 20B was trained
     max_position_embeddings: int = 2048
     layer_norm_eps: float = 1e-5

@@ -78,11 +78,19 @@ def documents(path: str | Path) -> Iterator[str]:
 
 # GPT-2's way to cut text before pairs are merged, but for numbers, of which every digit is a token of its own: a model
 # then sees which digit stands where.
+SMALLEST_VOCABULARY = 257
 PIECES = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Library:
-    """Byte-level BPE as the 20B's, with <|endoftext|> as id 0, and every digit by itself."""
+    """Byte-level BPE as the 20B's, with <|endoftext|> as id 0, and every digit by itself.
+
+    vocab_size: at most so many tokens; InputError if they are too few for every byte to have one.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise InputError(
+            f"a vocabulary of {vocab_size} is too small: {END_OF_TEXT} and bytes are {SMALLEST_VOCABULARY}"
+        )
     library = Library(models.BPE())
     library.normalizer = normalizers.NFC()
     cut = pre_tokenizers.Split(Regex(PIECES), "isolated")

@@ -131,14 +131,18 @@ def advance(state: State, settings: Settings, ids: Array) -> tuple[State, Progre
 
 
 def updates(state: State, settings: Settings, data: Packed) -> Iterator[tuple[State, Progress]]:
-    """The rest of the run, a step at a time. InputError if the data does not fill one batch."""
+    """The rest of the run, a step at a time. InputError, at once, if the data does not fill one batch."""
     if data.rows < settings.batch:
         given = f"{len(data.ids)} tokens make {data.rows} rows of {data.length}"
         raise InputError(f"{given}, but a batch has {settings.batch}: give more text, or make it smaller")
-    while state.step < settings.steps:
-        rows = batch_rows(data.rows, settings.batch, state.step, settings.seed)
-        state, progress = advance(state, settings, data[rows])
-        yield state, progress
+
+    def remaining(state: State) -> Iterator[tuple[State, Progress]]:
+        while state.step < settings.steps:
+            rows = batch_rows(data.rows, settings.batch, state.step, settings.seed)
+            state, progress = advance(state, settings, data[rows])
+            yield state, progress
+
+    return remaining(state)
 
 
 def held_out_loss(model: Model, data: Packed, batch: int = 8) -> float:

@@ -15,16 +15,16 @@ from types import ModuleType
 
 import pytest
 
-from neox.reference import decode, model, normal, prefill, project
+from neox.reference import backward, corpus, decode, model, normal, optimizer, prefill, project, train
 
-MODULES = (normal, project, model, decode, prefill)
+MODULES = (normal, project, model, decode, prefill, backward, optimizer, corpus, train)
 
 
 @dataclass(frozen=True)
 class Mutant:
     name: str
-    check: str  # of checks.CHECKS
-    module: ModuleType
+    check: str  # of checks.CHECKS, or of training_checks.CHECKS
+    module: ModuleType | type  # or the class that has it
     function: str
     edits: tuple[tuple[str, str], ...]  # (text found, text put in its place), one after the other
 
@@ -40,17 +40,19 @@ class Mutant:
         """Put the changed function wherever the package holds the right one."""
         right = getattr(self.module, self.function)
         wrong = self.build()
+        patch.setattr(self.module, self.function, wrong)
         for module in MODULES:
             for name in [name for name, value in vars(module).items() if value is right]:
                 patch.setattr(module, name, wrong)
-        for name in [name for name, value in model.ACTIVATIONS.items() if value is right]:
-            patch.setitem(model.ACTIVATIONS, name, wrong)
+        for table in (model.ACTIVATIONS, backward.ACTIVATIONS):
+            for name in [name for name, value in table.items() if value is right]:
+                patch.setitem(table, name, wrong)
 
     def build(self) -> Callable:
         # Annotations stay text, as in the module; globals are the module's own, so that later patches reach them.
         code = compile("from __future__ import annotations\n" + self.source(), f"<{self.name}>", "exec")
         local: dict[str, Callable] = {}
-        exec(code, vars(self.module), local)
+        exec(code, inspect.unwrap(getattr(self.module, self.function)).__globals__, local)
         return local[self.function]
 
 

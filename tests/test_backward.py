@@ -13,19 +13,25 @@ from strategies import configs, draw_ids, random_model, seeds
 from neox.reference.backward import loss_and_gradient
 from neox.reference.checkpoint.tensors import named_tensors
 from neox.reference.config import Config
-from neox.reference.model import rotary_tables
+from neox.reference.model import Model, rotary_tables
 
 # Both take float64 sums of the same terms in other orders, through some sixty operations there and back.
 FLOAT64 = 1e-8
 
 
-def their_tables(config: Config, positions: Any) -> tuple[Any, Any]:
-    """Our cosines and sines as transformers lays them out: theirs, taken in float32, are off by its rounding."""
+def same_tables(m: Model) -> Any:
+    """transformers' model with our parameters and our cosines: theirs, taken in float32, are off by its rounding."""
     import torch
+    from oracle import oracle
 
-    tables = rotary_tables(config, positions.numpy())
-    cos, sin = (torch.from_numpy(np.concatenate([t, t], -1)[:, 0].astype(np.float64)) for t in tables)
-    return cos, sin
+    def tables(x: Any, position_ids: Any) -> tuple[Any, Any]:
+        ours = rotary_tables(m.config, position_ids.numpy())
+        cos, sin = (torch.from_numpy(np.concatenate([t, t], -1)[:, 0].astype(np.float64)) for t in ours)
+        return cos, sin
+
+    theirs = oracle(m)
+    theirs.gpt_neox.rotary_emb.forward = tables
+    return theirs
 
 
 @pytest.mark.oracle
@@ -34,12 +40,9 @@ def their_tables(config: Config, positions: Any) -> tuple[Any, Any]:
 def test_every_gradient_is_that_of_autograd(config: Config, seed: int) -> None:
     torch = pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    from oracle import oracle
-
     m = random_model(config, seed, dtype="float64")
     ids = draw_ids(config, 2, 8, seed)
-    theirs = oracle(m)
-    theirs.gpt_neox.rotary_emb.forward = lambda x, position_ids: their_tables(config, position_ids)
+    theirs = same_tables(m)
     logits = theirs(torch.from_numpy(ids[:, :-1]), use_cache=False).logits
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(ids[:, 1:]).flatten())
     loss.backward()

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.numpy import save
 
 from neox.reference.checkpoint.huggingface import SINGLE
@@ -43,9 +42,13 @@ def _write_durably(path: Path, content: bytes) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Replace a file in one moment. InputError if it cannot be written; then the old one is still there."""
+    """Replace a file, or make it and its folder, in one moment.
+
+    InputError if it cannot be written, as when the disk is full; then an old one is still there.
+    """
     partial = path.with_name(path.name + ".partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         _write_durably(partial, content)
         partial.replace(path)
     except OSError as error:
@@ -66,7 +69,6 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
             _write_durably(partial / name, content)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"cannot write {folder}: {reason}") from error
+        raise InputError(f"cannot write {folder}: {error.strerror}") from error
