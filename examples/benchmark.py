@@ -1,6 +1,7 @@
 """How fast the reference is on this machine, beside transformers on the same weights, threads and prompt.
 
     python examples/benchmark.py --backend reference
+    python examples/benchmark.py --train
 
 Each implementation is a process of its own with one model; rounds alternate between them, so that whatever disturbs the
 machine disturbs both. The machine's limits are measured in the same run: a share of a limit says how much a better
@@ -29,15 +30,19 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 import neox.reference as ref
-from neox.reference.checkpoint.tensors import tensor_table
-from neox.reference.config import PYTHIA, Config, config_to_dict, parameter_count
-from neox.reference.costs import cached_numbers, flops, step_numbers
+from neox.reference import shipped
+from neox.reference.checkpoint.tensors import build_params, named_tensors, tensor_table
+from neox.reference.config import PYTHIA, Config, config_to_dict, parameter_count, read_config
+from neox.reference.costs import cached_numbers, flops, step_numbers, training_flops
 from neox.reference.decode import Cache, extend, new_cache
 from neox.reference.errors import InputError, Parser, run
+from neox.reference.model import Model
+from neox.reference.optimizer import no_moments
 from neox.reference.prefill import CHUNK, prefill
 from neox.reference.random_weights import random_tensor
+from neox.reference.train import Settings, State, advance
 
-SHAPES = {f"pythia-{size}": config for size, config in PYTHIA.items()}
+SHAPES = {f"pythia-{size}": config for size, config in PYTHIA.items()} | {"shipped": read_config(shipped.path())}
 FLOAT = 4  # bytes; everything here is float32
 Answer = dict[str, Any]
 
@@ -127,6 +132,70 @@ class Transformers:
 IMPLEMENTATIONS: dict[str, Callable[[str], Implementation]] = {"reference": Reference, "transformers": Transformers}
 
 
+# Training: both make the same updates, from the same weights, on the same rows.
+
+UPDATES = Settings(steps=10**6)
+Update = Callable[[np.ndarray], float]  # ids (B,T+1) -> the loss before it
+
+
+def row_length(config: Config) -> int:
+    return min(UPDATES.length, config.max_position_embeddings)
+
+
+def reference_updates(folder: str) -> Update:
+    stored = ref.load(folder)
+    tensors = named_tensors(stored.config, stored.params)
+    model = Model(stored.config, build_params(stored.config, lambda spec: np.array(tensors[spec.name])))
+    state = State(0, model, no_moments(tensors))
+
+    def update(ids: np.ndarray) -> float:
+        nonlocal state
+        state, progress = advance(state, UPDATES, ids)
+        return progress.loss
+
+    return update
+
+
+def transformers_updates(folder: str) -> Update:
+    import torch
+
+    model = Transformers(folder).model.train()
+    torch.set_grad_enabled(True)
+    matrices, vectors = ([p for p in model.parameters() if p.ndim == dims] for dims in (2, 1))
+    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+    step = 0
+
+    def update(ids: np.ndarray) -> float:
+        nonlocal step
+        step += 1
+        for group in optimizer.param_groups:
+            group["lr"] = UPDATES.rate(step)
+        rows = torch.from_numpy(ids)
+        logits = model(rows[:, :-1], use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), UPDATES.clip)
+        optimizer.step()
+        return loss.item()
+
+    return update
+
+
+UPDATERS: dict[str, Callable[[str], Update]] = {"reference": reference_updates, "transformers": transformers_updates}
+
+
+def serve_updates(name: str, folder: str) -> None:
+    """Make an update for each line of rows on stdin; answer with its seconds and its loss."""
+    update = UPDATERS[name](folder)
+    for line in sys.stdin:
+        ids = np.array(json.loads(line)["rows"])
+        start = time.perf_counter()
+        loss = update(ids)
+        print(json.dumps({"update": time.perf_counter() - start, "loss": loss}), flush=True)
+
+
 def memory_in_use() -> int:
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
@@ -166,10 +235,10 @@ def serve(name: str, folder: str) -> None:
 
 
 class Worker:
-    def __init__(self, name: str, folder: Path, threads: int) -> None:
+    def __init__(self, name: str, folder: Path, threads: int, *flags: str) -> None:
         variables = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
         environment = {**os.environ, **{variable: str(threads) for variable in variables}}
-        command = [sys.executable, __file__, "--worker", name, str(folder)]
+        command = [sys.executable, __file__, "--worker", name, str(folder), *flags]
         self.name = name
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -211,11 +280,17 @@ def alternate(workers: list[Worker], request: Answer, rounds: int) -> dict[str, 
 def measure(config: Config, args: argparse.Namespace, folder: Path) -> dict[str, list[Answer]]:
     """Each implementation's answers, and the machine's limits beside them in every round."""
     write_checkpoint(config, folder)
-    prompt = np.random.default_rng(0).integers(0, config.vocab_size, args.prompt_tokens).tolist()
     peer = ["transformers"] if not args.no_peer and find_spec("torch") and find_spec("transformers") else []
-    workers = [Worker(name, folder, args.threads) for name in ["limits", "reference", *peer]]
+    flags = ["--train"] if args.train else []
+    workers = [Worker(name, folder, args.threads, *flags) for name in ["limits", "reference", *peer]]
+    rng = np.random.default_rng(0)
+    if args.train:
+        request = {"rows": rng.integers(0, config.vocab_size, (UPDATES.batch, row_length(config) + 1)).tolist()}
+    else:
+        prompt = rng.integers(0, config.vocab_size, args.prompt_tokens).tolist()
+        request = {"prompt": prompt, "new_tokens": args.new_tokens}
     try:
-        return alternate(workers, {"prompt": prompt, "new_tokens": args.new_tokens}, args.rounds)
+        return alternate(workers, request, args.rounds)
     finally:
         for worker in workers:
             worker.stop()
@@ -263,6 +338,16 @@ def rows(config: Config, prompt: int, new: int, limits: Answer, answers: dict[st
     ]
 
 
+def training_rows(config: Config, limits: Answer, answers: dict[str, list[Answer]]) -> list[Row]:
+    """What the table shows of the answers to an update's rows."""
+    length = row_length(config)
+    work = UPDATES.batch * training_flops(config, length)
+    computed = work / statistics.median(a["update"] for a in answers["reference"])
+    gemm = f"{computed / 1e9:.0f} GFLOP/s, {computed / limits['gemm']:.0%} of the machine's {limits['gemm'] / 1e9:.0f}"
+    name = f"update on {UPDATES.batch} x {length}"
+    return [row(name, "tok/s", answers, lambda a: UPDATES.batch * length / a["update"], gemm)]
+
+
 def table(report: list[Row]) -> str:
     head = ("", "reference", "spread", "transformers", "ratio", "limit")
     lines = [head, ("---", "---:", "---:", "---:", "---:", "---")]
@@ -287,6 +372,13 @@ def agreement_line(answers: dict[str, list[Answer]]) -> str:
     return f"agreement: {same} of {len(ours['ids'])} greedy tokens the same, logits of the prompt within {apart:.0e}"
 
 
+def same_losses_line(answers: dict[str, list[Answer]]) -> str:
+    """That both made the same updates, to within what the order of float32 sums leaves open."""
+    pairs = list(zip(*([a["loss"] for a in answers[name]] for name in IMPLEMENTATIONS), strict=True))
+    apart = max(abs(ours - peer) / peer for ours, peer in pairs)
+    return f"agreement: losses of {len(pairs)} updates, the last {pairs[-1][0]:.4f}, within {apart:.0e}"
+
+
 def positive(text: str) -> int:
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
@@ -296,7 +388,8 @@ def positive(text: str) -> int:
 def flags() -> argparse.Namespace:
     parser = Parser(description="Measure the reference beside transformers on the same weights.", allow_abbrev=False)
     parser.add_argument("--backend", choices=["reference"], default="reference")
-    parser.add_argument("--shape", choices=SHAPES, default="pythia-160m", help="of the model; its weights are drawn")
+    parser.add_argument("--train", action="store_true", help="measure updates of training instead")
+    parser.add_argument("--shape", choices=SHAPES, help="of the model; its weights are drawn")
     parser.add_argument("--prompt-tokens", type=positive, default=512, metavar="N")
     parser.add_argument("--new-tokens", type=positive, default=32, metavar="N")
     parser.add_argument("--rounds", type=positive, default=7, metavar="N")
@@ -307,26 +400,35 @@ def flags() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def write_json(args: argparse.Namespace, limits: Answer, report: list[Row], parts: dict[str, int]) -> None:
+    figures = {"shape": args.shape, "limits": limits, "rows": [asdict(r) for r in report], "memory": parts}
+    args.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+
+
 def main() -> None:
     args = flags()
     if args.worker:
-        return serve(*args.worker)
+        return serve_updates(*args.worker) if args.train and args.worker[0] in UPDATERS else serve(*args.worker)
+    args.shape = args.shape or ("shipped" if args.train else "pythia-160m")
     config, positions = SHAPES[args.shape], args.prompt_tokens + args.new_tokens
-    if positions > config.max_position_embeddings:
+    if not args.train and positions > config.max_position_embeddings:
         raise InputError(f"{positions} tokens, but the context of {args.shape} is {config.max_position_embeddings}")
     with tempfile.TemporaryDirectory() as folder:
         answers = measure(config, args, Path(folder))
     limits = {name: max(answer[name] for answer in answers["limits"]) for name in ("gemm", "memory")}
-    report = rows(config, args.prompt_tokens, args.new_tokens, limits, answers)
+    if args.train:
+        report, parts = training_rows(config, limits, answers), {}
+    else:
+        report = rows(config, args.prompt_tokens, args.new_tokens, limits, answers)
+        parts = memory_parts(config, args.prompt_tokens, positions)
     print(f"{args.shape}, random weights, float32, {args.threads} threads, medians of {args.rounds} rounds\n")
     print(table(report) + "\n")
-    parts = memory_parts(config, args.prompt_tokens, positions)
-    print(memory_line(parts, max(answer["memory"] for answer in answers["reference"])))
+    if parts:
+        print(memory_line(parts, max(answer["memory"] for answer in answers["reference"])))
     if "transformers" in answers:
-        print(agreement_line(answers))
+        print(same_losses_line(answers) if args.train else agreement_line(answers))
     if args.json:
-        figures = {"shape": args.shape, "limits": limits, "rows": [asdict(r) for r in report], "memory": parts}
-        args.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+        write_json(args, limits, report, parts)
 
 
 if __name__ == "__main__":

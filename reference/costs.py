@@ -33,6 +33,12 @@ def flops(config: Config, start: int, stop: int) -> int:
     return layers + 2 * output_weights(config)
 
 
+def training_flops(config: Config, positions: int) -> int:
+    """Of a row's loss and its gradient: each product forward has two of its size backward, for its two factors."""
+    products = 2 * (layer_weights(config) + output_weights(config)) * positions
+    return 3 * (products + attention_flops(config, 0, positions))
+
+
 def step_numbers(config: Config, position: int) -> int:
     """Read to append one position to that many: every matrix but the embedding, and all keys and values."""
     return layer_weights(config) + output_weights(config) + cached_numbers(config, position)

@@ -42,7 +42,7 @@ class Settings:
 
     steps: int
     batch: int = 16  # rows of an update
-    micro_batch: int = 4  # rows of one gradient; the rows of an update are a multiple
+    micro_batch: int = 2  # rows of one gradient; the rows of an update are a multiple
     length: int = 256  # positions of a row
     learning_rate: float = 1e-3  # its peak
     warmup: float = 0.01  # part of the steps

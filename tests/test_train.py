@@ -356,7 +356,7 @@ BAD_FLAGS = {
 
 @pytest.mark.parametrize("flags", BAD_FLAGS)
 def test_bad_flags_are_refused_in_one_line(flags: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = [place / "text", "--out", place / "run", *SHORT, *flags.split()]
+    argv: list[str | Path] = [place / "text", "--out", place / "run", *SHORT, *flags.split()]
     assert BAD_FLAGS[flags] in complaint(outcome_of(argv, capsys))
 
 
@@ -372,7 +372,7 @@ CHANGES = {
 def test_a_run_is_resumed_as_it_was_begun(flags: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train_in(place)
     before = contents(place / "run")
-    again = [place / "text", "--out", place / "run", *SHORT]
+    again: list[str | Path] = [place / "text", "--out", place / "run", *SHORT]
     assert "holds a run already" in complaint(outcome_of(again, capsys))
     assert CHANGES[flags] in complaint(outcome_of([*again, *flags.split(), "--resume"], capsys))
     (place / "text" / "c.txt").write_text(STORY)
