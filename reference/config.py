@@ -310,6 +310,31 @@ def config_from_neox(mapping: Mapping[str, Any], tokens: int = TOKENS_20B) -> Co
     )
 
 
+def config_to_neox(config: Config, ranks: int = 1) -> dict[str, Any]:
+    """The contents of a gpt-neox yaml for this model on so many model-parallel ranks.
+
+    gpt-neox pads the vocabulary to a multiple that it computes from the ranks; here it is given as it is.
+    """
+    return {
+        "num_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_attention_heads": config.num_attention_heads,
+        "max_position_embeddings": config.max_position_embeddings,
+        "seq_length": config.max_position_embeddings,
+        "padded_vocab_size": config.vocab_size,
+        **{name: needed for name, (needed, _) in NEOX_ONLY.items()},
+        "bias_gelu_fusion": config.hidden_act == "gelu_fast",
+        "rotary_pct": config.rotary_pct,
+        "rotary_emb_base": config.rotary_emb_base,
+        "layernorm_epsilon": config.layer_norm_eps,
+        "gpt_j_residual": config.use_parallel_residual,
+        "no_weight_tying": not config.tie_word_embeddings,
+        "use_bias_in_attn_linear": config.attention_bias,
+        "model_parallel_size": ranks,
+    }
+
+
 # Published models.
 
 GPT_NEOX_20B = Config(

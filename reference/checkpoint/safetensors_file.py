@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -19,6 +21,7 @@ from neox.reference.model import Array
 
 WEIGHT_DTYPES = ("F16", "BF16", "F32", "F64")
 NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+SPELLED = {name: spelled for spelled, name in NAMES.items()}
 
 
 @dataclass(frozen=True)
@@ -78,3 +81,43 @@ def numpy_dtype(stored: Stored) -> np.dtype:
 def mapped(stored: Stored) -> Array:
     """The tensor where it lies on disk: read-only, no copy, no more memory than the pages in use."""
     return np.asarray(np.memmap(stored.path, numpy_dtype(stored), "r", stored.offset, stored.shape))
+
+
+# Writing.
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to write. What it holds is asked for when its turn comes, so that no two need be in memory at once."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], Array]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _header(entries: Sequence[Entry]) -> bytes:
+    content: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    end = 0
+    for entry in entries:
+        begin, end = end, end + entry.nbytes
+        spelled = SPELLED[entry.dtype.name]
+        content[entry.name] = {"dtype": spelled, "shape": list(entry.shape), "data_offsets": [begin, end]}
+    header = json.dumps(content, separators=(",", ":")).encode("utf-8")
+    return header + b" " * (-len(header) % 8)  # so that every tensor is aligned in a mapped file
+
+
+def write_safetensors(path: Path, entries: Sequence[Entry], progress: Callable[[int], object] = lambda _: None) -> None:
+    """One tensor after the other. progress is called after each with the number of bytes it had."""
+    header = _header(entries)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for entry in entries:
+            array = np.ascontiguousarray(entry.read())
+            assert (array.dtype, array.shape) == (entry.dtype, entry.shape), entry.name
+            file.write(array.reshape(-1).view(np.uint8).data)
+            progress(entry.nbytes)
