@@ -157,7 +157,7 @@ def source_of(config: Config, seed: int = 0, dtype: str = "float32") -> Source:
 
     model = random_model(config, seed)
     tensors = {name: array.astype(dtype) for name, array in named_tensors(config, model.params).items()}
-    return Source(config, lambda spec: tensors[spec.name].dtype, lambda spec: tensors[spec.name])
+    return Source("drawn", config, lambda spec: tensors[spec.name].dtype, lambda spec: tensors[spec.name])
 
 
 @pytest.mark.parametrize("shard_bytes", [1 << 30, 40_000])

@@ -6,16 +6,16 @@ Both take the tensors one at a time from wherever they are, each in the dtype it
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from neox.reference.checkpoint.huggingface import INDEX, SINGLE
+from neox.reference.checkpoint.huggingface import INDEX, SINGLE, open_checkpoint
 from neox.reference.checkpoint.load import is_finite
 from neox.reference.checkpoint.output import OutputFile, Progress, json_file, text_file
-from neox.reference.checkpoint.safetensors_file import Entry, write_safetensors
+from neox.reference.checkpoint.safetensors_file import Entry, mapped, numpy_dtype, write_safetensors
 from neox.reference.checkpoint.tensors import (
     EMBED_IN,
     EMBED_OUT,
@@ -26,7 +26,7 @@ from neox.reference.checkpoint.tensors import (
     tensor_table,
 )
 from neox.reference.checkpoint.torch_writer import write_torch
-from neox.reference.config import Config, config_to_dict, config_to_neox
+from neox.reference.config import Config, config_to_dict, config_to_neox, read_config
 from neox.reference.errors import InputError
 from neox.reference.model import Array
 from neox.reference.project import widen
@@ -36,9 +36,21 @@ from neox.reference.project import widen
 class Source:
     """A model's tensors, wherever they are."""
 
+    layout: str  # in words
     config: Config
     dtype_of: Callable[[TensorSpec], np.dtype]  # as get returns it, known without reading
     get: Get
+
+
+def source_in(folder: Path) -> Source:
+    """The checkpoint in a folder. InputError for everything that can be wrong with it."""
+    config, tensors = open_checkpoint(folder, read_config(folder))
+    return Source(
+        "Hugging Face safetensors",
+        config,
+        lambda spec: numpy_dtype(tensors[spec.name]),
+        lambda spec: mapped(tensors[spec.name]),
+    )
 
 
 # Converting numbers.
@@ -58,7 +70,7 @@ def converted(array: Array, dtype: np.dtype, name: str) -> Array:
 
 def as_dtype(source: Source, dtype: np.dtype) -> Source:
     """The same tensors, in another dtype."""
-    return Source(source.config, lambda spec: dtype, lambda spec: converted(source.get(spec), dtype, spec.name))
+    return replace(source, dtype_of=lambda spec: dtype, get=lambda spec: converted(source.get(spec), dtype, spec.name))
 
 
 # Hugging Face.
