@@ -22,7 +22,7 @@ import numpy as np
 
 from neox.reference.backward import cross_entropy, loss_and_gradient
 from neox.reference.checkpoint.load import load
-from neox.reference.checkpoint.safetensors_file import mapped, read_header
+from neox.reference.checkpoint.safetensors_file import read_header
 from neox.reference.checkpoint.save import json_bytes, model_files, tensor_bytes, write_folder
 from neox.reference.checkpoint.tensors import build_params, named_tensors
 from neox.reference.config import Config, read_json
@@ -193,7 +193,7 @@ def restore(folder: Path) -> tuple[State, Settings, int]:
     stored = load(last, weights="stored")
     tensors = named_tensors(stored.config, stored.params)
     params = build_params(stored.config, lambda spec: np.array(tensors[spec.name]))
-    moments = {name: np.array(mapped(tensor)) for name, tensor in read_header(last / OPTIMIZER).items()}
+    moments = {name: np.array(tensor.read()) for name, tensor in read_header(last / OPTIMIZER).items()}
     m, v = ({name[2:]: array for name, array in moments.items() if name[0] == kind} for kind in "mv")
     state = State(training["step"], Model(stored.config, params), Moments(m, v))
     return state, settings_from(training["settings"]), training["data"]

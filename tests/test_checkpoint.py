@@ -564,15 +564,14 @@ def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:
     assert "is a folder" in refusal(load, tmp_path)
 
 
-def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     assert "config.json" in refusal(load, tmp_path)
     write_config(tmp_path, SMALL)
     message = refusal(load, tmp_path)
     assert str(tmp_path) in message
-    assert "has no safetensors" in message
-    assert ".bin" not in message
+    assert "no model.safetensors, no pytorch_model.bin" in message
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    assert "only pytorch_model.bin" in refusal(load, tmp_path)
+    assert "pytorch_model.bin is not a whole file of torch" in refusal(load, tmp_path)
 
 
 def test_an_index_that_names_missing_files_is_refused(tmp_path: Path) -> None:

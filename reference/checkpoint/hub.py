@@ -31,16 +31,26 @@ def _local(folder: Path, revision: str | None) -> Path:
     return folder / revision
 
 
+def _snapshot(repository: str, revision: str | None) -> Path:
+    """Safetensors where there are some: most steps of Pythia have only .bin files."""
+    from huggingface_hub import snapshot_download
+
+    folder = Path(snapshot_download(repository, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+    if not any(folder.glob("*.safetensors")):
+        snapshot_download(repository, revision=revision, allow_patterns=["*.json", "pytorch_model*.bin"])
+    return folder
+
+
 def _download(repository: str, revision: str | None) -> Path:
-    """The folder in the download cache; what is missing there is fetched. .bin files are not: they are not read."""
-    from huggingface_hub import constants, errors, snapshot_download
+    """The folder in the download cache; what is missing there is fetched."""
+    from huggingface_hub import constants, errors
 
     # What the HTTP library of this release of huggingface_hub raises, be it requests, httpx or httpx2.
     from huggingface_hub.errors import HTTPError
 
     here = f"{repository} is no folder here"
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+        return _snapshot(repository, revision)
     except errors.GatedRepoError as error:
         terms = f"https://huggingface.co/{repository}"
         raise InputError(f"{repository} is gated: accept its terms at {terms}, then `hf auth login`") from error

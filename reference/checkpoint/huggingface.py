@@ -1,4 +1,4 @@
-"""The Hugging Face layout: one model.safetensors, or model.safetensors.index.json and the shards it names.
+"""The Hugging Face layout: one file of tensors, or an index and the shards it names; safetensors, or older .bin files.
 
 Names have drifted over the years and some files hold more than weights. What is known is translated or left out;
 everything else must match the table exactly, since a model with a tensor missing still runs, and is wrong.
@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from neox.reference.checkpoint.safetensors_file import WEIGHT_DTYPES, Stored, mapped, read_header
+from neox.reference.checkpoint.safetensors_file import read_header
+from neox.reference.checkpoint.stored import WEIGHT_DTYPES, Stored
 from neox.reference.checkpoint.tensors import EMBED_IN, EMBED_OUT, TensorSpec, tensor_table
+from neox.reference.checkpoint.torch_file import torch_tensors
 from neox.reference.config import Config, read_json
 from neox.reference.errors import InputError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SINGLE_BIN = "pytorch_model.bin"
+INDEX_BIN = "pytorch_model.bin.index.json"
 
 # Not weights: the causal mask, what it masks with, and tables of the rotary embedding, which in files of float16 are
 # rounded. They are computed here. `attention.bias` is the mask; the biases that were learned have longer names.
@@ -31,8 +35,10 @@ LISTED = 20  # names of each kind in an error, before the rest is counted
 
 # Which tensors there are, and in which file.
 
+ReadFile = Callable[[Path], Mapping[str, Stored]]
 
-def _enumerated(names: Iterable[str]) -> str:
+
+def enumerated(names: Iterable[str]) -> str:
     every = list(names)
     more = f" and {len(every) - LISTED} more" if len(every) > LISTED else ""
     return ", ".join(every[:LISTED]) + more
@@ -50,27 +56,38 @@ def _weight_map(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _read_shards(index: Path) -> dict[str, Stored]:
+def _read_shards(index: Path, read: ReadFile) -> dict[str, Stored]:
     weight_map = _weight_map(index)
     files = sorted(set(weight_map.values()))
     absent = [file for file in files if not (index.parent / file).exists()]
     if absent:
-        raise InputError(f"{index} names files that are not there: {_enumerated(absent)}")
-    headers = {file: read_header(index.parent / file) for file in files}
+        raise InputError(f"{index} names files that are not there: {enumerated(absent)}")
+    headers = {file: read(index.parent / file) for file in files}
     lost = [f"{name} in {file}" for name, file in weight_map.items() if name not in headers[file]]
     if lost:
-        raise InputError(f"{index} names tensors that are not there: {_enumerated(lost)}")
+        raise InputError(f"{index} names tensors that are not there: {enumerated(lost)}")
     return {name: headers[file][name] for name, file in weight_map.items()}
 
 
-def _read_headers(folder: Path) -> dict[str, Stored]:
-    if (folder / SINGLE).exists():
-        return read_header(folder / SINGLE)
-    if (folder / INDEX).exists():
-        return _read_shards(folder / INDEX)
-    other = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
-    found = f", only {other[0]}: convert it to safetensors" if other else ""
-    raise InputError(f"{folder} has no safetensors ({SINGLE}, or {INDEX} with its shards){found}")
+FORMS: tuple[tuple[str, str, str, ReadFile], ...] = (
+    ("safetensors", SINGLE, INDEX, read_header),
+    ("pytorch_model.bin", SINGLE_BIN, INDEX_BIN, torch_tensors),
+)
+
+
+def is_huggingface(folder: Path) -> bool:
+    return any((folder / file).exists() for _, single, index, _ in FORMS for file in (single, index))
+
+
+def _read_headers(folder: Path) -> tuple[str, dict[str, Stored]]:
+    """In which form, and the tensors. Where there are both, safetensors."""
+    for form, single, index, read in FORMS:
+        if (folder / single).exists():
+            return form, dict(read(folder / single))
+        if (folder / index).exists():
+            return form, _read_shards(folder / index, read)
+    wanted = ", or ".join(f"{index} with its shards" for _, _, index, _ in FORMS)
+    raise InputError(f"{folder} holds no weights: no {SINGLE}, no {SINGLE_BIN}, and no {wanted}")
 
 
 # Under which names.
@@ -101,7 +118,7 @@ def _renamed(tensors: Mapping[str, Stored], folder: Path) -> dict[str, Stored]:
 def _same_numbers(a: Stored, b: Stored, rows: int = 1024) -> bool:
     if (a.dtype, a.shape) != (b.dtype, b.shape) or a.dtype not in WEIGHT_DTYPES:
         return False
-    x, y = mapped(a), mapped(b)
+    x, y = a.read(), b.read()
     return all(np.array_equal(x[i : i + rows], y[i : i + rows]) for i in range(0, len(x), rows))
 
 
@@ -129,18 +146,24 @@ def _differences(tensors: Mapping[str, Stored], table: Mapping[str, TensorSpec])
         "misshapen": [f"{n} {list(t.shape)} instead of {list(s.shape)}" for n, t, s in both if t.shape != s.shape],
         "not floating point": [f"{n} ({t.dtype})" for n, t, _ in both if t.dtype not in WEIGHT_DTYPES],
     }
-    return [f"{kind}: {_enumerated(names)}" for kind, names in kinds.items() if names]
+    return [f"{kind}: {enumerated(names)}" for kind, names in kinds.items() if names]
 
 
-def open_checkpoint(folder: Path, config: Config) -> tuple[Config, dict[str, Stored]]:
-    """Where every tensor of tensor_table(config) lies; nothing but headers is read.
+def open_huggingface(folder: Path, config: Config) -> tuple[str, Config, dict[str, Stored]]:
+    """In which form a folder holds a model, the config, and where every tensor of its table lies.
 
     The config comes back as it is, except that a tied one is untied where the file says otherwise. InputError lists all
     tensors that are missing, unexpected, misshapen or not floating point.
     """
-    tensors = _renamed(_read_headers(folder), folder)
+    form, found = _read_headers(folder)
+    tensors = _renamed(found, folder)
     config = _untied(config, tensors, folder)
+    check_table(folder, config, tensors)
+    return f"Hugging Face, {form}", config, tensors
+
+
+def check_table(folder: Path, config: Config, tensors: Mapping[str, Stored]) -> None:
+    """InputError, which lists all of them, if tensors are missing, unexpected, misshapen or not floating point."""
     differences = _differences(tensors, tensor_table(config))
     if differences:
         raise InputError(f"{folder} does not fit its config; {'; '.join(differences)}")
-    return config, tensors

@@ -12,21 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
-from neox.reference.checkpoint.huggingface import INDEX, SINGLE, open_checkpoint
+from neox.reference.checkpoint.huggingface import INDEX, SINGLE
 from neox.reference.checkpoint.load import is_finite
+from neox.reference.checkpoint.opening import open_checkpoint
 from neox.reference.checkpoint.output import OutputFile, Progress, json_file, text_file
-from neox.reference.checkpoint.safetensors_file import Entry, mapped, numpy_dtype, write_safetensors
-from neox.reference.checkpoint.tensors import (
-    EMBED_IN,
-    EMBED_OUT,
-    FINAL_LAYER_NORM,
-    Get,
-    TensorSpec,
-    layer_prefix,
-    tensor_table,
-)
+from neox.reference.checkpoint.safetensors_file import Entry, write_safetensors
+from neox.reference.checkpoint.stored import numpy_dtype
+from neox.reference.checkpoint.tensors import AXES, Get, TensorSpec, pipeline, tensor_table
 from neox.reference.checkpoint.torch_writer import write_torch
-from neox.reference.config import Config, config_to_dict, config_to_neox, read_config
+from neox.reference.config import Config, config_to_dict, config_to_neox
 from neox.reference.errors import InputError
 from neox.reference.model import Array
 from neox.reference.project import widen
@@ -42,14 +36,15 @@ class Source:
     get: Get
 
 
-def source_in(folder: Path) -> Source:
+def source_in(folder: Path, layer_norms: str = "mean") -> Source:
     """The checkpoint in a folder. InputError for everything that can be wrong with it."""
-    config, tensors = open_checkpoint(folder, read_config(folder))
+    checkpoint = open_checkpoint(folder, layer_norms=layer_norms)
+    tensors = checkpoint.tensors
     return Source(
-        "Hugging Face safetensors",
-        config,
+        checkpoint.layout,
+        checkpoint.config,
         lambda spec: numpy_dtype(tensors[spec.name]),
-        lambda spec: mapped(tensors[spec.name]),
+        lambda spec: tensors[spec.name].read(),
     )
 
 
@@ -117,8 +112,6 @@ def huggingface_files(source: Source, shard_bytes: int) -> list[OutputFile]:
 
 # gpt-neox: a file for each layer of its pipeline and each rank.
 
-AXES = {"vocabulary": 0, "column": 0, "row": 1}  # along which a tensor is cut
-
 
 def check_ranks(config: Config, ranks: int) -> None:
     """InputError unless every rank gets the same number of heads, neurons and ids, as gpt-neox wants it."""
@@ -143,23 +136,6 @@ def part(spec: TensorSpec, whole: Array, rank: int, ranks: int) -> Array:
     if spec.sharding == "summed":
         return (whole.astype(np.float64) / ranks).astype(whole.dtype)
     return whole
-
-
-def pipeline(config: Config) -> dict[int, dict[str, str]]:
-    """For each layer of the pipeline that has weights: their names there, and in tensor_table.
-
-    The gaps are layers without weights; of gpt2_model.py's `init_specs`.
-    """
-    count = config.num_hidden_layers
-    table = list(tensor_table(config))
-    layers = {0: {"word_embeddings.weight": EMBED_IN}}
-    for i in range(count):
-        prefix = layer_prefix(i) + "."
-        layers[i + 2] = {name.removeprefix(prefix): name for name in table if name.startswith(prefix)}
-    layers[count + 3] = {f"norm.{p}": f"{FINAL_LAYER_NORM}.{p}" for p in ("weight", "bias")}
-    if not config.tie_word_embeddings:
-        layers[count + 4] = {"final_linear.weight": EMBED_OUT}
-    return layers
 
 
 def _layer_file(name: str, source: Source, names: Mapping[str, str], rank: int, ranks: int) -> OutputFile:

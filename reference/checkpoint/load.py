@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,9 @@ import numpy as np
 from tqdm import tqdm
 
 from neox.reference.checkpoint.hub import find
-from neox.reference.checkpoint.huggingface import open_checkpoint
-from neox.reference.checkpoint.safetensors_file import Stored, mapped, numpy_dtype
+from neox.reference.checkpoint.opening import open_checkpoint
+from neox.reference.checkpoint.stored import Stored, numpy_dtype, size_of
 from neox.reference.checkpoint.tensors import TensorSpec, build_params
-from neox.reference.config import Config, read_config
 from neox.reference.errors import InputError
 from neox.reference.model import Array, Model
 from neox.reference.project import widen
@@ -39,14 +37,6 @@ def _compute_dtype(dtype: str | np.dtype | type[np.floating]) -> np.dtype:
     return np.dtype(_one_of("dtype", name, DTYPES))
 
 
-def _overridden(config: Config, overrides: Mapping[str, Any]) -> Config:
-    known = [field.name for field in fields(Config)]
-    unknown = [name for name in overrides if name not in known]
-    if unknown:
-        raise InputError(f"a config has no {', '.join(unknown)}; it has {', '.join(known)}")
-    return replace(config, **overrides)
-
-
 def available_memory() -> int:
     """Bytes that can be used without swapping; on systems that do not say, the size of the memory."""
     try:
@@ -62,7 +52,7 @@ def _choose(tensors: Mapping[str, Stored], compute: np.dtype) -> str:
     converted = [stored for stored in tensors.values() if numpy_dtype(stored) != compute]
     if not converted:
         return "stored"
-    needed, available = sum(stored.size for stored in converted) * compute.itemsize, available_memory()
+    needed, available = sum(map(size_of, converted)) * compute.itemsize, available_memory()
     kept = "/".join(sorted({numpy_dtype(stored).name for stored in converted}))
     size = f"{needed / 1e9:.3g} GB as {compute}, {available / 1e9:.3g} GB of memory available"
     if needed <= available / 2:
@@ -96,7 +86,7 @@ def _convert(array: Array, compute: np.dtype) -> Array:
 
 def _reader(tensors: Mapping[str, Stored], compute: np.dtype, upcast: bool) -> Callable[[TensorSpec], Array]:
     def read(spec: TensorSpec) -> Array:
-        array = mapped(tensors[spec.name])
+        array = tensors[spec.name].read()
         if not is_finite(array):
             raise InputError(f"{tensors[spec.name].path}: {spec.name} holds values that are not finite")
         if array.dtype != compute and (upcast or array.ndim == 1):  # vectors are small, and nothing widens them later
@@ -112,22 +102,24 @@ def load(
     dtype: str | np.dtype | type[np.floating] = "float32",
     weights: str = "auto",
     revision: str | None = None,
+    layer_norms: str = "mean",
     **overrides: Any,
 ) -> Model:
     """A model that computes in dtype, from a folder or a name that checkpoint/hub.py knows.
 
     weights: "upcast" converts every tensor to dtype once; "stored" leaves matrices on disk, in the dtype they are
     stored in, and widens them at every use; "auto" converts if that takes half of the available memory at most. What
-    is stored in dtype is mapped and not copied in any case. overrides replace fields of the config, such as
-    hidden_act="gelu_fast". InputError for everything that can be wrong with the files.
+    is stored in dtype is mapped and not copied in any case. layer_norms: of a gpt-neox checkpoint of several ranks,
+    "mean" or "fold" (checkpoint/neox.py). overrides replace fields of the config, such as hidden_act="gelu_fast".
+    InputError for everything that can be wrong with the files.
     """
     compute = _compute_dtype(dtype)
     _one_of("weights", weights, WEIGHTS)
-    folder = find(path, revision)
-    config, tensors = open_checkpoint(folder, _overridden(read_config(folder), overrides))
+    checkpoint = open_checkpoint(find(path, revision), overrides, layer_norms)
+    config, tensors = checkpoint.config, checkpoint.tensors
     choice = _choose(tensors, compute) if weights == "auto" else weights
     read = _reader(tensors, compute, upcast=choice == "upcast")
-    total = sum(stored.size for stored in tensors.values())
+    total = sum(map(size_of, tensors.values()))
     with tqdm(total=total, desc="loading", unit="weights", unit_scale=True, disable=None, leave=False) as bar:
 
         def read_and_count(spec: TensorSpec) -> Array:

@@ -16,26 +16,26 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from neox.reference.checkpoint.stored import SPELLED, Index, numpy_dtype
 from neox.reference.errors import InputError
 from neox.reference.model import Array
 
-WEIGHT_DTYPES = ("F16", "BF16", "F32", "F64")
-NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
-SPELLED = {name: spelled for spelled, name in NAMES.items()}
-
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor in a file: what it is and where it lies."""
+class SafeTensor:
+    """A tensor in a safetensors file (a Stored of stored.py)."""
 
     path: Path
     dtype: str  # as safetensors spells it: F16, BF16, ...
     shape: tuple[int, ...]
     offset: int  # in bytes, from the beginning of the file
 
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
+    def read(self) -> Array:
+        """The tensor where it lies on disk: read-only, no copy, no more memory than the pages in use."""
+        return np.asarray(np.memmap(self.path, numpy_dtype(self), "r", self.offset, self.shape))
+
+    def part(self, index: Index) -> Array:
+        return self.read()[index]
 
 
 def _check(path: Path) -> None:
@@ -52,7 +52,7 @@ def _check(path: Path) -> None:
         raise InputError(f"{path} is not a whole safetensors file ({reason}): download it again") from error
 
 
-def read_header(path: Path) -> dict[str, Stored]:
+def read_header(path: Path) -> dict[str, SafeTensor]:
     """The tensors of a file by name; InputError if the file is damaged."""
     _check(path)
     with path.open("rb") as file:
@@ -60,27 +60,9 @@ def read_header(path: Path) -> dict[str, Stored]:
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     return {
-        name: Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        name: SafeTensor(path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
         for name, entry in header.items()
     }
-
-
-def numpy_dtype(stored: Stored) -> np.dtype:
-    """InputError for bfloat16 without ml_dtypes, from which NumPy learns it. Only for WEIGHT_DTYPES."""
-    if stored.dtype != "BF16":
-        return np.dtype(NAMES[stored.dtype])
-    try:
-        import ml_dtypes
-    except ModuleNotFoundError as error:
-        message = f'{stored.path} holds bfloat16, which needs one more package: pip install "neox20b[bf16]"'
-        raise InputError(message) from error
-    bfloat16: np.dtype = np.dtype(ml_dtypes.bfloat16)
-    return bfloat16
-
-
-def mapped(stored: Stored) -> Array:
-    """The tensor where it lies on disk: read-only, no copy, no more memory than the pages in use."""
-    return np.asarray(np.memmap(stored.path, numpy_dtype(stored), "r", stored.offset, stored.shape))
 
 
 # Writing.

@@ -20,6 +20,8 @@ Sharding = Literal[
     "replicated",  # the same on every rank
 ]
 
+AXES = {"vocabulary": 0, "column": 0, "row": 1}  # along which a tensor is cut; the other kinds are not
+
 EMBED_IN = "gpt_neox.embed_in.weight"
 EMBED_OUT = "embed_out.weight"
 FINAL_LAYER_NORM = "gpt_neox.final_layer_norm"
@@ -78,6 +80,24 @@ def tensor_table(config: Config) -> dict[str, TensorSpec]:
     if not config.tie_word_embeddings:
         specs.append(TensorSpec(EMBED_OUT, shape, "vocabulary"))
     return {spec.name: spec for spec in specs}
+
+
+def pipeline(config: Config) -> dict[int, dict[str, str]]:
+    """The layers of gpt-neox's pipeline that have weights: by number, their names there and in tensor_table.
+
+    The numbers between are of layers without weights. Source: `init_specs` of EleutherAI/gpt-neox,
+    megatron/model/gpt2_model.py.
+    """
+    count = config.num_hidden_layers
+    table = list(tensor_table(config))
+    layers = {0: {"word_embeddings.weight": EMBED_IN}}
+    for i in range(count):
+        prefix = layer_prefix(i) + "."
+        layers[i + 2] = {name.removeprefix(prefix): name for name in table if name.startswith(prefix)}
+    layers[count + 3] = {f"norm.{p}": f"{FINAL_LAYER_NORM}.{p}" for p in ("weight", "bias")}
+    if not config.tie_word_embeddings:
+        layers[count + 4] = {"final_linear.weight": EMBED_OUT}
+    return layers
 
 
 def build_params(config: Config, get: Get) -> Params:

@@ -1,0 +1,426 @@
+"""gpt-neox's own layout: every form and number of ranks gives the same model, and norms that drifted apart are merged
+by the way that was asked for."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import pickle
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from closeness import assert_close
+from numpy.typing import NDArray
+from strategies import random_model
+
+from neox.reference.checkpoint import neox
+from neox.reference.checkpoint.layouts import Source, neox_files
+from neox.reference.checkpoint.load import load
+from neox.reference.checkpoint.opening import open_checkpoint
+from neox.reference.checkpoint.output import write_output
+from neox.reference.checkpoint.tensors import (
+    AXES,
+    build_params,
+    layer_prefix,
+    named_tensors,
+    tensor_table,
+)
+from neox.reference.checkpoint.torch_writer import _state, write_torch
+from neox.reference.config import Config
+from neox.reference.errors import InputError
+from neox.reference.model import (
+    Model,
+    attention,
+    causal_attend,
+    forward,
+    layer_norm,
+    mlp,
+    rotary_tables,
+)
+
+# Divisible by 4 ranks; no two sizes alike. D = 24, R = 6.
+SMALL = Config(104, 96, 2, 4, 136, rotary_pct=0.25, max_position_embeddings=64)
+DRIFT = 0.05  # of each norm, from rank to rank: far more than in any trained model, so that it shows
+
+
+def numbers_of(config: Config = SMALL, seed: int = 0, dtype: str = "float16") -> dict[str, NDArray]:
+    model = random_model(config, seed)
+    return {name: array.astype(dtype) for name, array in named_tensors(config, model.params).items()}
+
+
+def written(folder: Path, config: Config, tensors: dict[str, NDArray], ranks: int, step: int = 7) -> Path:
+    source = Source("drawn", config, lambda spec: tensors[spec.name].dtype, lambda spec: tensors[spec.name])
+    write_output(folder, neox_files(source, ranks, step), {})
+    return folder
+
+
+def read(folder: Path, **how) -> dict[str, NDArray]:
+    return {name: tensor.read() for name, tensor in open_checkpoint(folder, **how).tensors.items()}
+
+
+def assert_same(found: dict[str, NDArray], expected: dict[str, NDArray]) -> None:
+    assert sorted(found) == sorted(expected)
+    for name, array in expected.items():
+        assert found[name].dtype == array.dtype
+        assert np.array_equal(found[name], array), name
+
+
+# All forms are the same model.
+
+CONFIGS = {
+    "20B's": SMALL,
+    "tied": replace(SMALL, tie_word_embeddings=True),
+    "no attention bias": replace(SMALL, attention_bias=False),
+    "sequential residual, erf": replace(SMALL, use_parallel_residual=False, hidden_act="gelu"),
+}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_layer_files_of_any_number_of_ranks_are_the_model(tmp_path: Path, config: Config, ranks: int) -> None:
+    tensors = numbers_of(config)
+    folder = written(tmp_path / "neox", config, tensors, ranks)
+    assert len(list((folder / "global_step7").iterdir())) == ranks * (
+        config.num_hidden_layers + 3 - config.tie_word_embeddings
+    )
+    assert_same(read(folder), tensors)
+    assert open_checkpoint(folder).config == config
+    assert_same(read(folder / "global_step7"), tensors)  # the config lies above it
+    ids = [[1, 2, 3]]
+    assert np.array_equal(
+        forward(load(folder), ids), forward(Model(config, params_of(config, tensors), np.dtype("float32")), ids)
+    )
+
+
+def params_of(config: Config, tensors: dict[str, NDArray]):
+    return build_params(config, lambda spec: tensors[spec.name].astype(np.float32))
+
+
+def save_nested(path: Path, tensors: dict[str, NDArray]) -> None:
+    """{"module": tensors, "iteration": 7} as torch.save writes it."""
+    write_torch(path, tensors)
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    state = _state(tensors)[2:-1]
+    outer = pickle.dumps({"iteration": 7}, 2)[:-1]
+    module = b"X\x06\x00\x00\x00module" + state + pickle.SETITEM + pickle.STOP
+    entries["archive/data.pkl"] = outer + module
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+
+
+def as_sequential(folder: Path, ranks: int) -> None:
+    """Layer files replaced by one file for each rank."""
+    step = folder / "global_step7"
+    for rank in range(ranks):
+        held = {}
+        for path in sorted(step.glob(f"layer_*-model_{rank:02}-model_states.pt")):
+            layer = int(path.name[6:8])
+            held |= {f"sequential.{layer}.{name}": t.read().copy() for name, t in neox.torch_tensors(path).items()}
+            path.unlink()
+        save_nested(step / f"mp_rank_{rank:02}_model_states.pt", held)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sequential_files_are_the_model(tmp_path: Path, ranks: int) -> None:
+    tensors = numbers_of()
+    folder = written(tmp_path / "neox", SMALL, tensors, ranks)
+    as_sequential(folder, ranks)
+    assert "sequential" in open_checkpoint(folder).layout
+    assert_same(read(folder), tensors)
+
+
+def renamed(folder: Path, names: dict[str, str]) -> None:
+    for path in folder.glob("global_step7/*.pt"):
+        tensors = {names.get(name, name): t.read().copy() for name, t in neox.torch_tensors(path).items()}
+        write_torch(path, tensors)
+
+
+FAMILIES = {
+    "linear1": {new: old for new, old in neox.RENAMED.items() if "linear" in new},
+    "TransformerEngine": {new: old for new, old in neox.RENAMED.items() if "linear" not in new},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_newer_names_are_understood(tmp_path: Path, family: dict[str, str]) -> None:
+    tensors = numbers_of()
+    folder = written(tmp_path / "neox", SMALL, tensors, 2)
+    renamed(folder, {old: new for new, old in family.items()})
+    assert_same(read(folder), tensors)
+
+
+def test_training_state_beside_layer_files_is_never_opened(tmp_path: Path) -> None:
+    folder = written(tmp_path / "neox", SMALL, numbers_of(), 2)
+    (folder / "global_step7" / "mp_rank_00_model_states.pt").write_bytes(b"not even a file of torch")
+    assert_same(read(folder), numbers_of())
+
+
+def with_frequencies(folder: Path) -> None:
+    for path in folder.glob("global_step7/layer_0[23]-*.pt"):
+        tensors = {name: t.read().copy() for name, t in neox.torch_tensors(path).items()}
+        write_torch(path, {**tensors, neox.FREQUENCIES: np.ones(SMALL.rotary_ndims // 2, np.float16)})
+
+
+@pytest.mark.parametrize("config", [SMALL, CONFIGS["tied"], CONFIGS["no attention bias"]])
+def test_without_a_yaml_the_config_is_in_the_shapes(tmp_path: Path, config: Config) -> None:
+    folder = written(tmp_path / "neox", config, numbers_of(config), 2)
+    shutil.rmtree(folder / "configs")
+    with pytest.raises(InputError, match="--set num_attention_heads"):
+        open_checkpoint(folder)
+    found = open_checkpoint(folder, {"num_attention_heads": 4}).config
+    assert replace(found, max_position_embeddings=64) == config
+    with_frequencies(folder)
+    assert open_checkpoint(folder).config == found
+
+
+def test_the_yaml_may_be_spelled_with_hyphens_and_comments_in_several_files(tmp_path: Path) -> None:
+    folder = written(tmp_path / "neox", SMALL, numbers_of(), 2)
+    settings = json.loads((folder / "configs" / "model.yml").read_text())
+    sizes = {name: settings.pop(name) for name in ("num_layers", "hidden_size")}
+    text = "# a comment\n{\n" + "".join(
+        f'  "{k.replace("_", "-")}": {json.dumps(v)},  # {k}\n' for k, v in settings.items()
+    )
+    (folder / "configs" / "model.yml").write_text(text + "}\n")
+    (folder / "configs" / "sizes.yml").write_text("".join(f"{k}: {v}\n" for k, v in sizes.items()))
+    assert open_checkpoint(folder).config == SMALL
+
+
+# Norms that drifted apart.
+
+
+def drifted(folder: Path, seed: int = 3) -> list[dict[str, NDArray]]:
+    """Each rank's norms moved by themselves; all that each rank then holds, under the names of the table."""
+    rng, held = np.random.default_rng(seed), []
+    for rank in range(2):
+        mine = {}
+        for path in sorted(folder.glob(f"global_step7/layer_*-model_{rank:02}-*.pt")):
+            tensors = {name: t.read().copy() for name, t in neox.torch_tensors(path).items()}
+            for name, array in tensors.items():
+                if "norm" in name:
+                    array += (DRIFT * rng.normal(size=array.shape)).astype(array.dtype)
+            write_torch(path, tensors)
+            names = neox.pipeline(SMALL)[int(path.name[6:8])]
+            mine |= {names[name]: array.astype(np.float64) for name, array in tensors.items() if name in names}
+        held.append(mine)
+    return held
+
+
+def unmerged(held: list[dict[str, NDArray]], config: Config, ids: list[list[int]]) -> NDArray:
+    """Logits as the ranks of the training compute them, each with its own norms: float64."""
+
+    def shaped(mine: dict[str, NDArray]):
+        return build_params(config, lambda spec: mine[spec.name] if spec.name in mine else np.empty(0))
+
+    ranks = [shaped(mine) for mine in held]
+    x = np.concatenate([rank.embed_in for rank in ranks])[np.array(ids)]
+    rotary = rotary_tables(config, np.arange(len(ids[0]))[None])
+    eps = config.layer_norm_eps
+    for i in range(config.num_hidden_layers):
+        branches = 0
+        for rank in ranks:
+            p = rank.layers[i]
+            a = attention(p.attention, config.head_dim, layer_norm(x, p.input_layernorm, eps), rotary, causal_attend)
+            m = mlp(p.mlp, config.hidden_act, layer_norm(x, p.post_attention_layernorm, eps))
+            branches = branches + a + m  # the biases of rows too: each rank has its part
+        x = branches + x
+    logits = [layer_norm(x, rank.final_layer_norm, eps) @ rank.embed_out.T for rank in ranks]
+    return np.concatenate(logits, axis=-1)
+
+
+IDS = [[5, 17, 3, 99, 60, 2, 8]]
+
+
+@pytest.fixture
+def apart(tmp_path: Path) -> tuple[Path, list[dict[str, NDArray]]]:
+    folder = written(tmp_path / "neox", SMALL, numbers_of(), 2)
+    return folder, drifted(folder)
+
+
+def test_the_mean_is_the_mean_and_not_the_model(apart) -> None:
+    folder, held = apart
+    name = f"{layer_prefix(0)}.input_layernorm.weight"
+    mean = ((held[0][name] + held[1][name]) / 2).astype(np.float16)
+    assert np.array_equal(read(folder)[name], mean)
+    exact = unmerged(held, SMALL, IDS)
+    off = np.abs(forward(load(folder, dtype="float64"), IDS) - exact).max() / np.abs(exact).max()
+    assert off > DRIFT / 5
+
+
+def test_folding_is_exact(apart) -> None:
+    folder, held = apart
+    exact = unmerged(held, SMALL, IDS)
+    # Weights that were half are exact in float32; only biases are rounded to it.
+    assert_close(forward(load(folder, dtype="float64", layer_norms="fold"), IDS), exact, rtol=2e-7)
+
+
+@pytest.mark.parametrize("name", ["tied", "no attention bias"])
+def test_folding_is_exact_in_other_models(tmp_path: Path, name: str) -> None:
+    config = CONFIGS[name]
+    tensors = numbers_of(config)
+    folder = written(tmp_path / "neox", config, tensors, 2)
+    plain = forward(load(folder, dtype="float64"), IDS)
+    assert_close(forward(load(folder, dtype="float64", layer_norms="fold"), IDS), plain, rtol=2e-7)
+
+
+def test_norms_are_kept_apart_for_as_many_ranks(apart) -> None:
+    folder, held = apart
+    for rank in range(2):
+        tensors = read(folder, layer_norms="per_rank", rank=rank, ranks=2)
+        for name, spec in tensor_table(SMALL).items():
+            if spec.sharding == "replicated":
+                assert np.array_equal(tensors[name], held[rank][name].astype(np.float16))
+            elif spec.sharding in AXES:
+                assert tensors[name].shape == spec.shape
+    for ranks in (1, 4):
+        with pytest.raises(InputError, match=f"trained on 2 ranks: their norms cannot be kept apart on {ranks}"):
+            open_checkpoint(folder, layer_norms="per_rank", ranks=ranks)
+
+
+def test_a_part_is_that_part_of_the_whole(apart) -> None:
+    folder, _ = apart
+    for tensor in open_checkpoint(folder).tensors.values():
+        whole = tensor.read()
+        for cut in (slice(0, 1), slice(3, whole.shape[0] - 5), slice(0, whole.shape[0])):
+            index = (cut, *(slice(1, length - 2) for length in whole.shape[1:]))
+            assert np.array_equal(tensor.part(index), whole[index])
+
+
+# What the published mistakes would do.
+
+MISTAKES = [
+    ('total if self.sharding == "summed"', 'total / len(arrays) if self.sharding == "summed"'),
+    ('total if self.sharding == "summed"', 'arrays[0] if self.sharding == "summed"'),
+    ("found.append(part.part(", "found.insert(0, part.part("),
+    ("total / len(arrays))", "arrays[0])"),
+    ("rows.append(weight * gain)", "rows.append(weight)"),
+    ("return np.concatenate([weight @ shift + bias.read()", "return np.concatenate([bias.read()"),
+    ("rows[-1] += ((weight @ shift - weight @ gain) / gain.size)", "rows[-1] += ((weight @ shift) / gain.size)"),
+    ("result[name] = stored.parts[rank]", "result[name] = stored.parts[0]"),
+]
+
+
+def with_mistake(right: str, wrong: str) -> ModuleType:
+    path = Path(neox.__file__)
+    text = path.read_text(encoding="utf-8")
+    assert text.count(right) == 1, right
+    spec = importlib.util.spec_from_loader("mistaken_neox", loader=None)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    exec(compile(text.replace(right, wrong), str(path), "exec"), module.__dict__)
+    return module
+
+
+def holds(module: ModuleType, folder: Path, held: list[dict[str, NDArray]], tensors: dict[str, NDArray]) -> bool:
+    """Whether a module reads a checkpoint of two ranks in every way."""
+
+    def opened(norms: str, rank: int = 0) -> dict[str, NDArray]:
+        _, _, found = module.open_neox(folder, {}, norms, rank, 2)
+        return {name: tensor.read().astype(np.float64) for name, tensor in found.items()}
+
+    mean, fold = opened("mean"), opened("fold")
+    norms = {name for name, spec in tensor_table(SMALL).items() if spec.sharding == "replicated"}
+    whole = all(np.array_equal(mean[name], tensors[name].astype(np.float64)) for name in tensors if name not in norms)
+    averages = all(np.array_equal(mean[n], ((held[0][n] + held[1][n]) / 2).astype(np.float16)) for n in norms)
+    own = all(np.array_equal(opened("per_rank", 1)[name], held[1][name]) for name in norms)
+    exact, found = unmerged(held, SMALL, IDS), logits(fold)
+    return whole and averages and own and bool(np.abs(found - exact).max() < 1e-6 * np.abs(exact).max())
+
+
+def logits(tensors: dict[str, NDArray]) -> NDArray:
+    params = build_params(SMALL, lambda spec: tensors[spec.name])
+    return forward(Model(SMALL, params, np.dtype("float64")), IDS)
+
+
+def test_the_right_module_holds(apart) -> None:
+    assert holds(neox, *apart, numbers_of())
+
+
+@pytest.mark.parametrize(("right", "wrong"), MISTAKES, ids=[wrong for _, wrong in MISTAKES])
+def test_mistakes_are_noticed(apart, right: str, wrong: str) -> None:
+    assert not holds(with_mistake(right, wrong), *apart, numbers_of())
+
+
+# Bad input.
+
+
+def damaged(tmp_path: Path, damage: Callable[[Path], object]) -> str:
+    folder = written(tmp_path / "neox", SMALL, numbers_of(), 2)
+    damage(folder)
+    with pytest.raises(InputError) as caught:
+        read(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def of_another_model(folder: Path, **change) -> None:
+    other = written(folder.with_name("other"), replace(SMALL, **change), numbers_of(replace(SMALL, **change), 1), 2)
+    name = "global_step7/layer_02-model_01-model_states.pt"
+    shutil.copy(other / name, folder / name)
+
+
+def contradicting(folder: Path) -> None:
+    path = folder / "configs" / "model.yml"
+    path.write_text(path.read_text().replace('"hidden_size": 96', '"hidden_size": 192'))
+
+
+BAD = {
+    "a layer's rank is missing": (
+        lambda f: (f / "global_step7" / "layer_03-model_01-model_states.pt").unlink(),
+        "lacks layer_03-model_01-model_states.pt",
+    ),
+    "a layer is missing": (
+        lambda f: [path.unlink() for path in f.glob("global_step7/layer_02-*")],
+        "missing: gpt_neox.layers.0",
+    ),
+    "latest points nowhere": (lambda f: (f / "latest").write_text("global_step9"), "names global_step9, which is not"),
+    "latest points elsewhere": (lambda f: (f / "latest").write_text("../other"), "must name a folder such as"),
+    "latest is empty": (lambda f: (f / "latest").write_bytes(b"\xff"), "must name a folder such as"),
+    "a shard is of a wider model": (lambda f: of_another_model(f, intermediate_size=264), "is of another model"),
+    "a file cut short": (
+        lambda f: (f / "global_step7" / "layer_00-model_01-model_states.pt").write_bytes(b"PK\x03\x04" + b"x" * 90),
+        "is not a whole file of torch",
+    ),
+    "the yaml contradicts the shapes": (contradicting, "does not fit its config; misshapen"),
+    "the yaml is no yaml": (lambda f: (f / "configs" / "model.yml").write_text("{a: ["), "is not valid yaml"),
+    "the yaml is a list": (lambda f: (f / "configs" / "model.yml").write_text("- 1"), "must hold a mapping"),
+    "two yamls disagree": (
+        lambda f: (f / "configs" / "b.yml").write_text("hidden-size: 100"),
+        "but another file of",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "phrase"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_line(tmp_path: Path, damage: Callable[[Path], object], phrase: str) -> None:
+    assert phrase in damaged(tmp_path, damage)
+
+
+def test_a_shard_of_another_model_of_the_same_shape_is_noticed_by_its_norms(tmp_path: Path) -> None:
+    tensors = numbers_of()
+    name = f"{layer_prefix(0)}.input_layernorm.weight"
+    other = {**tensors, name: -tensors[name]}
+    folder = written(tmp_path / "neox", SMALL, tensors, 2)
+    wrong = written(tmp_path / "other", SMALL, other, 2)
+    shard = "global_step7/layer_02-model_01-model_states.pt"
+    shutil.copy(wrong / shard, folder / shard)
+    with pytest.raises(InputError, match=r"is of another model: .* is far from that of layer_02-model_00"):
+        open_checkpoint(folder)
+
+
+def test_several_steps_without_latest_have_to_be_chosen_from(tmp_path: Path) -> None:
+    folder = written(tmp_path / "neox", SMALL, numbers_of(), 1)
+    shutil.copytree(folder / "global_step7", folder / "global_step9")
+    (folder / "latest").unlink()
+    with pytest.raises(InputError, match="holds global_step7, global_step9 and no latest: choose one by --revision"):
+        open_checkpoint(folder)
+    assert load(folder, revision="global_step9").config == SMALL
