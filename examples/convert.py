@@ -24,7 +24,9 @@ from neox.reference.checkpoint.hub import find
 from neox.reference.checkpoint.layouts import Source, as_dtype, huggingface_files, neox_files, source_in
 from neox.reference.checkpoint.output import OutputFile, copied_file, write_output
 from neox.reference.errors import InputError, Parser, run
+from neox.reference.tokenizer import tokenizer_file
 
+MERGES = ("mean", "fold")
 LAYOUTS = ("huggingface", "neox")
 DTYPES = ("float16", "bfloat16", "float32")
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -35,6 +37,7 @@ def parser() -> Parser:
     flags.add_argument("source", help="a folder, or a name on huggingface.co such as pythia-70m")
     flags.add_argument("folder", type=Path, help="where to write; must not exist")
     flags.add_argument("--revision", help="of a named model, such as step1000; of a folder, a folder inside it")
+    flags.add_argument("--layer-norms", choices=MERGES, default=MERGES[0], help="of several ranks: how they are merged")
     flags.add_argument("--to", choices=LAYOUTS, default=LAYOUTS[0], help="the layout to write")
     flags.add_argument("--dtype", choices=DTYPES, help="of the tensors; without it, as they are stored")
     flags.add_argument(
@@ -64,7 +67,7 @@ def numpy_dtype(name: str) -> np.dtype:
 
 
 def files_of(args: argparse.Namespace, source: Source, folder: Path) -> list[OutputFile]:
-    tokenizer = folder / "tokenizer.json"
+    tokenizer = tokenizer_file(folder)
     named = {"huggingface": "tokenizer.json", "neox": "20B_tokenizer.json"}[args.to]
     copied = [copied_file(named, tokenizer)] if tokenizer.is_file() else []
     if args.to == "neox":
@@ -76,14 +79,14 @@ def plan(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """What the new files follow from: the source's files as they are now, and the options."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     seen = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    options = {name: getattr(args, name) for name in ("to", "dtype", "shard_size", "ranks", "step")}
+    options = {name: getattr(args, name) for name in ("to", "dtype", "shard_size", "ranks", "step", "layer_norms")}
     return {"source": seen, "options": options}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     folder = find(args.source, args.revision)
-    source = source_in(folder)
+    source = source_in(folder, args.layer_norms)
     if args.dtype is not None:
         source = as_dtype(source, numpy_dtype(args.dtype))
     if args.to == "neox" and args.ranks & (args.ranks - 1):

@@ -26,6 +26,7 @@ from neox.reference.cores import cores
 from neox.reference.costs import cached_numbers
 from neox.reference.errors import Parser, run
 
+MERGES = ("mean", "fold")
 T = TypeVar("T")
 LONGEST = 10  # tensors named in a list before the rest is counted
 
@@ -34,6 +35,7 @@ def parser() -> Parser:
     flags = Parser(description="Say what is in a checkpoint.", allow_abbrev=False)
     flags.add_argument("model", help="a folder, or a name on huggingface.co such as pythia-70m")
     flags.add_argument("--revision", help="of a named model, such as step1000; of a folder, a folder inside it")
+    flags.add_argument("--layer-norms", choices=MERGES, default=MERGES[0], help="of several ranks: how they are merged")
     flags.add_argument("--compare", metavar="OTHER", help="another one: which tensors differ, and by how much")
     flags.add_argument("--json", action="store_true", help="print one JSON object")
     return flags
@@ -160,9 +162,9 @@ def shortened(lines: Sequence[str]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    source = source_in(find(args.model, args.revision))
+    source = source_in(find(args.model, args.revision), args.layer_norms)
     if args.compare is not None:
-        found = compare(source, source_in(find(args.compare, None)))
+        found = compare(source, source_in(find(args.compare), args.layer_norms))
         print(json.dumps(found) if args.json else comparison_text(found))
         sys.exit(0 if found["same"] else 1)
     report = inspect(source)

@@ -1,6 +1,7 @@
 """GPT-NeoX in NumPy. To read: config.py, model.py (the definition), decode.py (the cache), generate.py (the loop)."""
 
 from neox.reference.checkpoint.load import load
+from neox.reference.checkpoint.series import Series, open_series
 from neox.reference.config import GPT_NEOX_20B, PYTHIA, Config, parameter_count
 from neox.reference.errors import InputError
 from neox.reference.generate import CachedDecoder, Request, complete, generate, stream
@@ -18,12 +19,14 @@ __all__ = [
     "Model",
     "Request",
     "Sampling",
+    "Series",
     "Tokenizer",
     "complete",
     "forward",
     "generate",
     "load",
     "load_tokenizer",
+    "open_series",
     "parameter_count",
     "stream",
 ]

@@ -8,6 +8,7 @@ whose last byte has not come yet is held back, and nothing that was printed has 
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -108,6 +109,17 @@ class Tokenizer:
         yield utf8.flush()
 
 
+STEP = re.compile(r"(global_)?step\d+")
+
+
+def tokenizer_file(folder: Path) -> Path:
+    """Its tokenizer.json, or as gpt-neox names it; the steps of a training may share the one in the folder above."""
+    homes = [folder, folder.parent] if STEP.fullmatch(folder.name) else [folder]
+    names = ("tokenizer.json", "20B_tokenizer.json")
+    found = [home / name for home in homes for name in names if (home / name).is_file()]
+    return found[0] if found else folder / names[0]
+
+
 def load_tokenizer(path: str | Path, revision: str | None = None) -> Tokenizer:
     """The tokenizer of a model, by folder or name as for `load`, or of a tokenizer.json.
 
@@ -115,7 +127,7 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> Tokenizer:
     """
     file = Path(path)
     if not file.is_file():
-        file = find(path, revision) / "tokenizer.json"
+        file = tokenizer_file(find(path, revision))
     if not file.is_file():
         raise InputError(f"{file} does not exist: text needs the tokenizer.json that belongs to the model")
     try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from neox.reference.errors import InputError
@@ -41,8 +43,9 @@ def _snapshot(repository: str, revision: str | None) -> Path:
     return folder
 
 
-def _download(repository: str, revision: str | None) -> Path:
-    """The folder in the download cache; what is missing there is fetched."""
+@contextmanager
+def _explained(repository: str, revision: str | None) -> Iterator[None]:
+    """What can go wrong on the way to the Hub, as one line each."""
     from huggingface_hub import constants, errors
 
     # What the HTTP library of this release of huggingface_hub raises, be it requests, httpx or httpx2.
@@ -50,7 +53,7 @@ def _download(repository: str, revision: str | None) -> Path:
 
     here = f"{repository} is no folder here"
     try:
-        return _snapshot(repository, revision)
+        yield
     except errors.GatedRepoError as error:
         terms = f"https://huggingface.co/{repository}"
         raise InputError(f"{repository} is gated: accept its terms at {terms}, then `hf auth login`") from error
@@ -68,6 +71,28 @@ def _download(repository: str, revision: str | None) -> Path:
         raise InputError(f"{repository} could not be downloaded: {reason}") from error
 
 
+def _download(repository: str, revision: str | None) -> Path:
+    """The folder in the download cache; what is missing there is fetched."""
+    with _explained(repository, revision):
+        return _snapshot(repository, revision)
+
+
+def _named_repository(name: str) -> str:
+    repository = _repository(name)
+    if repository is None:
+        raise InputError(f"no such folder: {name!r}; names to download are pythia-70m, gpt-neox-20b, organization/name")
+    return repository
+
+
+def remote_steps(name: str) -> list[str]:
+    """The branches of a model on the Hub, among which are those of its steps. InputError as of find."""
+    from huggingface_hub import HfApi
+
+    repository = _named_repository(name)
+    with _explained(repository, None):
+        return [branch.name for branch in HfApi().list_repo_refs(repository).branches]
+
+
 def find(path_or_name: str | Path, revision: str | None = None) -> Path:
     """The folder of a model: one that exists, or `pythia-70m`, `gpt-neox-20b`, `organization/name`, downloaded.
 
@@ -80,7 +105,4 @@ def find(path_or_name: str | Path, revision: str | None = None) -> Path:
         return _local(folder, revision)
     if name and folder.exists():
         raise InputError(f"{name} is a file: give the folder that holds it and config.json")
-    repository = _repository(name)
-    if repository is None:
-        raise InputError(f"no such folder: {name!r}; names to download are pythia-70m, gpt-neox-20b, organization/name")
-    return _download(repository, revision)
+    return _download(_named_repository(name), revision)

@@ -393,6 +393,12 @@ def _readers(config: Config) -> dict[str, str]:
     return found
 
 
+def _parts(tensors: Mapping[str, Stored], name: str) -> tuple[Stored, ...]:
+    """What each rank holds of a tensor; nothing of one that the model does not have."""
+    tensor = tensors.get(name)
+    return tensor.parts if isinstance(tensor, Merged) else ()
+
+
 def folded(config: Config, tensors: Mapping[str, Stored]) -> tuple[Config, dict[str, Stored]]:
     """The same model with norms that only normalize, exactly. A tied head is untied, for it changes.
 
@@ -402,10 +408,10 @@ def folded(config: Config, tensors: Mapping[str, Stored]) -> tuple[Config, dict[
     if config.tie_word_embeddings:
         result[EMBED_OUT] = tensors[EMBED_IN]
     for norm, reader in _readers(config).items():
-        parts = [result.get(f"{name}.{kind}") for name in (reader, norm) for kind in ("weight", "bias")]
-        weight, bias, gain, shift = (part.parts if isinstance(part, Merged) else None for part in parts)
-        assert None not in (weight, gain, shift)
-        fold = Fold(weight, bias, gain, shift)
+        weight, bias, gain, shift = (
+            _parts(result, f"{name}.{kind}") for name in (reader, norm) for kind in ("weight", "bias")
+        )
+        fold = Fold(weight, bias or None, gain, shift)
         source = result[f"{reader}.weight"]
         dtype = "F32" if source.dtype in ("F16", "BF16") else "F64"
         result[f"{reader}.weight"] = Made(source.path, dtype, source.shape, fold)
