@@ -1,4 +1,4 @@
-"""Files that torch and transformers themselves wrote, in every layout: the same parameters, and transformers' logits."""
+"""Files that torch and transformers themselves wrote, in every layout: the same parameters and logits."""
 
 from __future__ import annotations
 
