@@ -133,8 +133,8 @@ class Packed:
         return Packed(self.ids[: kept + 1], self.length), Packed(self.ids[kept:], self.length)
 
     def first(self, rows: int) -> Packed:
-        """So many rows of it, or all if there are fewer."""
-        return Packed(self.ids[: rows * self.length + 1], self.length)
+        """So many rows of it, or all whole ones if there are fewer."""
+        return Packed(self.ids[: min(rows, self.rows) * self.length + 1], self.length)
 
     def checksum(self) -> int:
         """Tells whether a run goes on with the data it began with."""
