@@ -156,6 +156,7 @@ def attention(dy: Array, x: Array, kept: Kept, p: Attention, rotary: Rotary) -> 
 
 
 def mlp(dy: Array, x: Array, kept: Kept, p: MLP, hidden_act: str) -> tuple[Array, MLP]:  # (B,T,C) -> (B,T,C)
+    """y = down(activation(up(x)))."""
     dpost, ddown = linear(dy, kept["hook_post"], p.dense_4h_to_h)
     dx, dup = linear(ACTIVATIONS[hidden_act](dpost, kept["hook_pre"]), x, p.dense_h_to_4h)
     return dx, MLP(dup, ddown)
@@ -186,6 +187,7 @@ def embed(dx: Array, ids: Array, vocab_size: int) -> Array:  # (B,T,C), (B,T) ->
 
 
 def unembed(dlogits: Array, kept: Kept, model: Model) -> tuple[Array, LayerNorm, Array]:  # (B,T,V) -> (B,T,C)
+    """The gradients of its input, of the final norm, and of the output matrix (V,C)."""
     p = model.params.final_layer_norm
     dx, dhead = linear(dlogits, normed(kept, p), Linear(model.params.embed_out, None))
     dx, gradient = layer_norm(dx, kept, p)

@@ -35,7 +35,7 @@ def same_tables(m: Model) -> Any:
 
 
 @pytest.mark.oracle
-@settings(max_examples=25)
+@settings(max_examples=20)
 @given(configs(), seeds)
 def test_every_gradient_is_that_of_autograd(config: Config, seed: int) -> None:
     torch = pytest.importorskip("torch")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,28 @@ def test_beside_transformers_both_continue_alike() -> None:
     done = benchmark(*SMALL)
     assert done.returncode == 0, done.stderr
     assert "agreement: 3 of 3 greedy tokens the same" in done.stdout
+
+
+TRAIN = ["--train", "--rounds", "1", "--threads", "1"]
+
+
+def test_updates_of_the_reference_alone(tmp_path: Path) -> None:
+    done = benchmark(*TRAIN, "--no-peer", "--json", str(tmp_path / "figures.json"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"^\| update on 16 x 256 \| .* tok/s \|.*% of the machine's", done.stdout, re.MULTILINE)
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert [row["reference"] > 10 for row in figures["rows"]] == [True]
+
+
+@pytest.mark.oracle
+def test_beside_transformers_both_make_the_same_updates() -> None:
+    """Losses of the second update, after both have changed the weights."""
+    pytest.importorskip("torch", reason="torch is not installed")
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    done = benchmark(*TRAIN)
+    assert done.returncode == 0, done.stderr
+    (within,) = re.findall(r"agreement: losses of 1 updates, .* within (\S+)", done.stdout)
+    assert float(within) < 1e-5
 
 
 @pytest.mark.parametrize(

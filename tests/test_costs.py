@@ -6,7 +6,7 @@ import pytest
 
 from neox.reference.checkpoint.tensors import tensor_table
 from neox.reference.config import GPT_NEOX_20B, PYTHIA, Config
-from neox.reference.costs import cached_numbers, flops, step_numbers
+from neox.reference.costs import cached_numbers, flops, step_numbers, training_flops
 
 
 def matrix_weights(config: Config) -> int:
@@ -45,3 +45,10 @@ def test_sums_that_others_published_for_the_20b() -> None:
     assert 2 * step_numbers(GPT_NEOX_20B, 0) == pytest.approx(40.49e9, rel=1e-3)
     assert flops(GPT_NEOX_20B, 0, 128) == pytest.approx(5.11e12, rel=2e-3)
     assert flops(GPT_NEOX_20B, 0, 2048) == pytest.approx(83.91e12, rel=2e-3)
+
+
+@pytest.mark.parametrize("config", [GPT_NEOX_20B, PYTHIA["160m"]], ids=["20b", "160m"])
+def test_training_costs_three_times_reading_with_logits_everywhere(config: Config) -> None:
+    every_logit = sum(flops(config, position, position + 1) for position in range(37))
+    assert training_flops(config, 37) == 3 * every_logit
+    assert training_flops(config, 1) == pytest.approx(6 * matrix_weights(config), rel=1e-3)
