@@ -33,7 +33,7 @@ from strategies import TINY, random_model
 from training_checks import CHECKS, SETTINGS, batches, copied
 from training_mutants import MUTANTS
 
-from neox.reference import load, load_tokenizer, train
+from neox.reference import forward, load, load_tokenizer, train
 from neox.reference.checkpoint.tensors import named_tensors
 from neox.reference.corpus import Packed, documents, pack, train_tokenizer
 from neox.reference.errors import InputError, run
@@ -66,6 +66,21 @@ def test_wrong_training_fails(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -
 def test_every_check_has_a_mutant_and_every_name_is_used_once() -> None:
     assert {mutant.check for mutant in MUTANTS} == set(CHECKS)
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
+
+
+@pytest.mark.oracle
+def test_transformers_reads_a_checkpoint(place: Path) -> None:
+    """Its model gives our logits, its tokenizer our ids."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    train_in(place)
+    folder = place / "run" / "step5"
+    ids = transformers.AutoTokenizer.from_pretrained(folder)(STORY).input_ids[:8]
+    assert ids == load_tokenizer(folder).encode(STORY)[:8]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        expected = theirs(torch.tensor([ids])).logits.numpy()
+    assert_close(forward(load(folder), [ids]), expected, 1e-5)
 
 
 @pytest.mark.oracle
@@ -133,8 +148,6 @@ def test_the_loss_falls() -> None:
 
 def test_what_forward_has_shown_it_does_not_write_to() -> None:
     """The gradient keeps intermediates as they are shown, without copies."""
-    from neox.reference import forward
-
     shown: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def keep(name: str, array: np.ndarray) -> np.ndarray:
