@@ -3,7 +3,7 @@
     python examples/recipe.py path/to/corpora text
     python examples/train.py text/train --held-out text/held-out --out run --steps 18000 --batch 4 --learning-rate 3e-3
     python examples/measure.py run --held-out text/held-out
-    python examples/export.py run/step18000 model
+    python examples/convert.py run/step18000 model --dtype float16
 
 The second takes some 100 minutes on one core. In the text, 19 million tokens, of which the run reads 18.4 million:
 

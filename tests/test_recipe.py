@@ -20,9 +20,8 @@ from strategies import TINY, random_model
 
 from neox.reference import load, load_tokenizer
 from neox.reference.checkpoint.save import model_files, write_folder
-from neox.reference.checkpoint.tensors import named_tensors
 from neox.reference.corpus import documents, train_tokenizer
-from neox.reference.errors import InputError, run
+from neox.reference.errors import run
 from neox.reference.model import Model
 from neox.reference.tokenizer import Tokenizer
 
@@ -38,7 +37,7 @@ def example(name: str) -> ModuleType:
         sys.path.remove(str(EXAMPLES))
 
 
-recipe, measure, export = map(example, ("recipe", "measure", "export"))
+recipe, measure = map(example, ("recipe", "measure"))
 
 
 def outcome(module: ModuleType, argv: Sequence[object], monkeypatch: pytest.MonkeyPatch) -> int | str | None:
@@ -236,34 +235,3 @@ def test_a_folder_without_checkpoints_is_refused(
 ) -> None:
     assert outcome(measure, [tmp_path], monkeypatch) == 2
     assert "holds no step{N} folder" in capsys.readouterr().err
-
-
-# Exporting.
-
-
-def test_a_model_in_half_precision_is_the_model_rounded(
-    series: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert outcome(export, [series, tmp_path / "half", "--steps", 0, 4], monkeypatch) is None
-    for step in (0, 4):
-        whole, half = load(series / f"step{step}"), load(tmp_path / "half", revision=f"step{step}")
-        assert half.config == whole.config
-        expected = named_tensors(whole.config, whole.params)
-        for name, array in named_tensors(half.config, half.params).items():
-            assert np.array_equal(array, expected[name].astype(np.float16).astype(np.float32)), name
-        assert load_tokenizer(tmp_path / "half" / f"step{step}").encode("48") == load_tokenizer(
-            series / f"step{step}"
-        ).encode("48")
-    assert outcome(export, [series / "step0", tmp_path / "half"], monkeypatch) == 2
-    assert "exists" in capsys.readouterr().err
-
-
-def test_a_weight_that_half_precision_cannot_hold_is_refused(series: Path, tmp_path: Path) -> None:
-    m = random_model(load(series / "step0").config)
-    m.params.layers[0].mlp.dense_h_to_4h.bias[2] = 70000  # type: ignore[index]
-    write_folder(series / "step9", model_files(m, "float32", (series / "step0" / "tokenizer.json").read_bytes()))
-    with pytest.raises(
-        InputError, match=r"layers.0.mlp.dense_h_to_4h.bias holds values that are too large for float16"
-    ):
-        export.export(series / "step9", tmp_path / "half", "float16")
-    assert not (tmp_path / "half").exists()
