@@ -17,7 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -316,41 +316,37 @@ def complaint(outcome: Outcome) -> str:
     return errors[0]
 
 
-Spoil = Callable[[Path], object]
-BAD_TEXT: dict[str, tuple[Spoil, str]] = {
-    "no such folder": (lambda text: shutil.rmtree(text), "holds no text"),
-    "an empty folder": (lambda text: [file.unlink() for file in text.iterdir()], "holds no text: no .txt, .jsonl"),
-    "only empty texts": (
-        lambda text: ((text / "b.jsonl.gz").unlink(), (text / "a.txt").write_bytes(b"")),
-        "the corpus is empty",
-    ),
-    "not UTF-8": (lambda text: (text / "a.txt").write_bytes(b"caf\xe9 au lait"), "a.txt is not UTF-8: byte 3 is 0xe9"),
-    "a gzip file cut off": (
-        lambda text: (text / "b.jsonl.gz").write_bytes((text / "b.jsonl.gz").read_bytes()[:-20]),
-        "b.jsonl.gz",
-    ),
-    "no JSON": (lambda text: (text / "c.jsonl").write_text("{}\n{"), "c.jsonl, line 1: must be a JSON object"),
+WHOLE = STORY.encode() * 6
+BAD_TEXT: dict[str, tuple[dict[str, bytes], str]] = {
+    "no files": ({}, "holds no text: no .txt, .jsonl"),
+    "no files that are read": ({"notes.md": WHOLE}, "holds no text: no .txt, .jsonl"),
+    "only empty texts": ({"a.txt": b"", "b.jsonl": b'{"text": ""}\n'}, "the corpus is empty"),
+    "not UTF-8": ({"a.txt": b"caf\xe9 au lait"}, "a.txt is not UTF-8: byte 3 is 0xe9"),
+    "a gzip file cut off": ({"a.txt": WHOLE, "b.jsonl.gz": gzip.compress(b'{"text": "a"}\n')[:-9]}, "b.jsonl.gz"),
+    "no gzip file": ({"a.txt": WHOLE, "b.jsonl.gz": b'{"text": "a"}\n'}, "cannot read"),
+    "no JSON": ({"a.txt": WHOLE, "c.jsonl": b"{}\n{"}, "c.jsonl, line 1: must be a JSON object"),
     "a text that is a number": (
-        lambda text: (text / "c.jsonl").write_text('{"text": "a"}\n{"text": 7}\n'),
-        'c.jsonl, line 2: "text" must be a string, not int',
+        {"c.jsonl": b'{"text": "a"}\n{"text": 7}\n'},
+        'line 2: "text" must be a string, not int',
     ),
-    "less than a batch": (
-        lambda text: ((text / "b.jsonl.gz").unlink(), (text / "a.txt").write_text(STORY)),
-        "rows of 8, but a batch has 4",
-    ),
-    "less than a row": (
-        lambda text: ((text / "b.jsonl.gz").unlink(), (text / "a.txt").write_text("one")),
-        "too few to hold some out",
-    ),
+    "less than a batch": ({"a.txt": STORY.encode()}, "rows of 8, but a batch has 4"),
+    "less than a row": ({"a.txt": b"one"}, "too few to hold some out"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_TEXT)
-def test_bad_text_is_refused_in_one_line(name: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    spoil, phrase = BAD_TEXT[name]
-    spoil(place / "text")
-    assert phrase in complaint(outcome_of([place / "text", "--out", place / "run", *SHORT], capsys))
-    assert not train.saved_steps(place / "run")
+def test_bad_text_is_refused_in_one_line(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files, phrase = BAD_TEXT[name]
+    (tmp_path / "text").mkdir()
+    for file, content in files.items():
+        (tmp_path / "text" / file).write_bytes(content)
+    assert phrase in complaint(outcome_of([tmp_path / "text", "--out", tmp_path / "run", *SHORT], capsys))
+    assert not train.saved_steps(tmp_path / "run")
+
+
+def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [tmp_path / "nowhere", "--out", tmp_path / "run", *SHORT]
+    assert "nowhere holds no text" in complaint(outcome_of(argv, capsys))
 
 
 BAD_FLAGS = {
