@@ -345,7 +345,7 @@ def test_bad_text_is_refused_in_one_line(name: str, tmp_path: Path, capsys: pyte
 
 
 def test_a_folder_that_does_not_exist_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = [tmp_path / "nowhere", "--out", tmp_path / "run", *SHORT]
+    argv: list[str | Path] = [tmp_path / "nowhere", "--out", tmp_path / "run", *SHORT]
     assert "nowhere holds no text" in complaint(outcome_of(argv, capsys))
 
 
