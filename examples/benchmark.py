@@ -31,16 +31,14 @@ from tqdm import tqdm
 
 import neox.reference as ref
 from neox.reference import shipped
-from neox.reference.checkpoint.tensors import build_params, named_tensors, tensor_table
+from neox.reference.checkpoint.tensors import tensor_table
 from neox.reference.config import PYTHIA, Config, config_to_dict, parameter_count, read_config
 from neox.reference.costs import cached_numbers, flops, step_numbers, training_flops
 from neox.reference.decode import Cache, extend, new_cache
 from neox.reference.errors import InputError, Parser, run
-from neox.reference.model import Model
-from neox.reference.optimizer import no_moments
 from neox.reference.prefill import CHUNK, prefill
 from neox.reference.random_weights import random_tensor
-from neox.reference.train import Settings, State, advance
+from neox.reference.train import Settings, advance, begin, own_copy
 
 SHAPES = {f"pythia-{size}": config for size, config in PYTHIA.items()} | {"shipped": read_config(shipped.path())}
 FLOAT = 4  # bytes; everything here is float32
@@ -143,10 +141,7 @@ def row_length(config: Config) -> int:
 
 
 def reference_updates(folder: str) -> Update:
-    stored = ref.load(folder)
-    tensors = named_tensors(stored.config, stored.params)
-    model = Model(stored.config, build_params(stored.config, lambda spec: np.array(tensors[spec.name])))
-    state = State(0, model, no_moments(tensors))
+    state = begin(own_copy(ref.load(folder)))
 
     def update(ids: np.ndarray) -> float:
         nonlocal state

@@ -28,6 +28,7 @@ import random
 import re
 import zlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from neox.reference.checkpoint.save import write_file
@@ -37,10 +38,21 @@ from neox.reference.errors import InputError, Parser, run
 BOOKS = ("11-0.txt", "55.txt", "503-0.txt")
 FAIRY_TALES = ("grimm", "anderson", "wilde_happy_prince")
 
-QUESTIONS = 450_000
-REPETITIONS = 12_000
-COPIES = {"tales": 2, "tiny": 4}  # simple English is scarce, so it is read more often
-STORY_BYTES = 20_000_000  # of the stories that are neither
+
+@dataclass(frozen=True)
+class Part:
+    """How much of what the text of one run holds."""
+
+    copies: dict[str, int]  # of tales and tiny stories: simple English is scarce, so it is read more often
+    story_bytes: int  # of the other stories
+    questions: int
+    phrases: int  # repeated twice or three times
+    chants: int  # repeated more often
+    seed: int
+
+
+FIRST = Part({"tales": 2, "tiny": 4}, 20_000_000, 450_000, phrases=12_000, chants=0, seed=0)
+SECOND = Part({"tales": 1, "tiny": 3}, 6_500_000, 240_000, phrases=4_000, chants=24_000, seed=10)
 
 
 # Stories.
@@ -95,14 +107,14 @@ def stories(corpora: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     return train, held
 
 
-def mixed(train: dict[str, list[str]], rng: random.Random) -> Iterator[str]:
-    for kind, copies in COPIES.items():
+def mixed(train: dict[str, list[str]], part: Part, rng: random.Random) -> Iterator[str]:
+    for kind, copies in part.copies.items():
         for _ in range(copies):
             yield from train[kind]
     others, size = rng.sample(train["stories"], len(train["stories"])), 0
     for text in others:
         size += len(text.encode("utf-8"))
-        if size > STORY_BYTES:
+        if size > part.story_bytes:
             return
         yield text
 
@@ -133,9 +145,9 @@ def drawn(rng: random.Random) -> tuple[int, str, int]:
             return a, operation, b
 
 
-def arithmetic(rng: random.Random) -> Iterator[str]:
+def arithmetic(count: int, rng: random.Random) -> Iterator[str]:
     """Documents of one to twelve questions."""
-    left = QUESTIONS
+    left = count
     while left > 0:
         asked = [drawn(rng) for _ in range(rng.randint(1, 12))]
         yield "\n".join(f"{question(*q)} {answer(*q)}" for q in asked)
@@ -158,10 +170,22 @@ def common_words(texts: Iterable[str], count: int) -> list[str]:
     return sorted(word for word, _ in counted.most_common(count))
 
 
-def repetitions(words: list[str], rng: random.Random) -> Iterator[str]:
-    for _ in range(REPETITIONS):
+def phrases(count: int, words: list[str], rng: random.Random) -> Iterator[str]:
+    """Five to fifty words, twice or three times."""
+    for _ in range(count):
         some = " ".join(rng.choices(words, k=rng.randint(5, 50)))
         yield " ".join([some] * rng.randint(2, 3))
+
+
+def chants(count: int, words: list[str], rng: random.Random) -> Iterator[str]:
+    """Two to twenty words, or characters, until there are a hundred or so."""
+    characters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+    for i in range(count):
+        length = rng.randint(2, 20)
+        some = (
+            "".join(f" {word}" for word in rng.choices(words, k=length)) if i % 2 else rng.choices(characters, k=length)
+        )
+        yield "".join(some) * max(2, rng.randint(40, 120) // length)
 
 
 # All of it.
@@ -171,22 +195,30 @@ def lines(texts: Iterable[str]) -> bytes:
     return "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts).encode("utf-8")
 
 
+def written(train: dict[str, list[str]], part: Part) -> dict[str, Iterable[str]]:
+    """The texts of a part, by the names of its files."""
+    words = common_words(train["tiny"] + train["stories"], 600)
+    stories, questions, repetitions = (random.Random(part.seed + i) for i in range(3))
+    repeated = [*phrases(part.phrases, words, repetitions), *chants(part.chants, words, repetitions)]
+    return {
+        "stories": mixed(train, part, stories),
+        "arithmetic": arithmetic(part.questions, questions),
+        "repetitions": repeated,
+    }
+
+
 def main() -> None:
     parser = Parser(description="Write the text that the shipped model was trained on.", allow_abbrev=False)
     parser.add_argument("corpora", type=Path, help="folder with the sources named above")
     parser.add_argument("out", type=Path, help="folder to write to")
     args = parser.parse_args()
     train, held = stories(args.corpora)
-    words = common_words(train["tiny"] + train["stories"], 600)
-    parts = {
-        "train/stories.jsonl": lines(mixed(train, random.Random(0))),
-        "train/arithmetic.jsonl": lines(arithmetic(random.Random(1))),
-        "train/repetitions.jsonl": lines(repetitions(words, random.Random(2))),
-        **{f"held-out/{kind}.jsonl": lines(texts) for kind, texts in held.items()},
-    }
-    for name, content in parts.items():
-        (args.out / name).parent.mkdir(parents=True, exist_ok=True)
-        write_file(args.out / name, content)
+    files: dict[str, Iterable[str]] = {f"held-out/{kind}": texts for kind, texts in held.items()}
+    for name, part in (("first", FIRST), ("second", SECOND)):
+        files |= {f"{name}/{kind}": texts for kind, texts in written(train, part).items()}
+    for name, texts in files.items():
+        content = lines(texts)
+        write_file(args.out / f"{name}.jsonl", content)
         print(f"{name}: {len(content) / 1e6:.1f} MB")
 
 

@@ -1,7 +1,8 @@
-"""Train a GPT-NeoX model on a folder of text, from nothing.
+"""Train a GPT-NeoX model on a folder of text, from nothing or from a model that is there.
 
     python examples/train.py path/to/texts --out run --steps 2000
     python examples/train.py path/to/texts --out run --steps 2000 --resume
+    python examples/train.py path/to/texts --out more --from run/step2000 --learning-rate 3e-4
 
 The text: .txt files, each one document, and .jsonl or .jsonl.gz with a "text" in each line. Its tokenizer is trained on
 it too, unless --tokenizer names one. Checkpoints go to run/step{N}, in Hugging Face's layout, so that every program
@@ -27,11 +28,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from neox.reference.checkpoint.load import load
 from neox.reference.checkpoint.save import write_file
 from neox.reference.config import Config, parameter_count
 from neox.reference.corpus import Packed, documents, pack, train_tokenizer
 from neox.reference.errors import InputError, Parser, run
-from neox.reference.optimizer import AdamW
+from neox.reference.model import Model
+from neox.reference.optimizer import AdamW, initial_model
 from neox.reference.tokenizer import Tokenizer, load_tokenizer
 from neox.reference.train import (
     Progress,
@@ -39,6 +42,7 @@ from neox.reference.train import (
     State,
     begin,
     held_out_loss,
+    own_copy,
     restore,
     save_step,
     saved_steps,
@@ -57,8 +61,9 @@ def parser() -> Parser:
     flags.add_argument("text", type=Path, help="a folder of .txt, .jsonl and .jsonl.gz files, or one of them")
     flags.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where checkpoints go")
     flags.add_argument("--resume", action="store_true", help="go on after the last checkpoint in --out")
+    flags.add_argument("--from", dest="start", metavar="PATH|NAME", help="a model to begin with, not drawn weights")
     flags.add_argument("--held-out", type=Path, metavar="PATH", help="text to measure on; else the last hundredth")
-    flags.add_argument("--tokenizer", metavar="PATH|NAME", help="a tokenizer.json or a model's; else one is trained")
+    flags.add_argument("--tokenizer", metavar="PATH|NAME", help="a tokenizer.json or a model's; without it, trained")
     flags.add_argument("--vocab-size", type=int, default=1024, metavar="V", help="of the tokenizer that is trained")
     shape = flags.add_argument_group("model")
     shape.add_argument("--layers", type=int, default=5, metavar="L")
@@ -88,8 +93,15 @@ def settings_of(args: argparse.Namespace) -> Settings:
     return Settings(**given, adam=AdamW(weight_decay=args.weight_decay))
 
 
-def config_of(args: argparse.Namespace, vocab_size: int) -> Config:
-    return Config(
+def first_model(args: argparse.Namespace, vocab_size: int) -> Model:
+    """What the run begins with; --from has precedence over the flags of the model's shape."""
+    if args.start is not None:
+        model = own_copy(load(args.start, weights="stored"))
+        if vocab_size > model.config.vocab_size:
+            known = model.config.vocab_size
+            raise InputError(f"the tokenizer has {vocab_size} tokens, but the model of --from knows {known}")
+        return model
+    config = Config(
         vocab_size=vocab_size,
         hidden_size=args.hidden,
         num_hidden_layers=args.layers,
@@ -97,6 +109,7 @@ def config_of(args: argparse.Namespace, vocab_size: int) -> Config:
         intermediate_size=4 * args.hidden,
         max_position_embeddings=args.length,
     )
+    return initial_model(config, args.seed)
 
 
 # Data.
@@ -111,8 +124,8 @@ def tokenizer_file(args: argparse.Namespace) -> Path:
     kept: Path = args.out / "tokenizer.json"
     if args.resume and kept.is_file():
         return kept
-    if args.tokenizer is not None:
-        content = load_tokenizer(args.tokenizer).to_json()
+    if (given := args.tokenizer or args.start) is not None:
+        content = load_tokenizer(given).to_json()
     else:
         note(f"training a tokenizer of {args.vocab_size} tokens")
         content = train_tokenizer(documents(args.text), args.vocab_size).to_str(pretty=True)
@@ -140,15 +153,15 @@ def same(what: str, saved: Any, given: Any) -> None:
         raise InputError(f"{what} of the run in --out is {saved}, but now it is {given}: resume it as it was begun")
 
 
-def start(args: argparse.Namespace, config: Config, data: Packed) -> State:
+def start(args: argparse.Namespace, first: Model, data: Packed) -> State:
     """The first state, or with --resume the last one that was saved."""
     settings = settings_of(args)
     if not saved_steps(args.out):
-        return begin(config, settings)
+        return begin(first)
     state, saved, checksum = restore(args.out)
     for field in fields(Settings):
         same(field.name, getattr(saved, field.name), getattr(settings, field.name))
-    same("the model", state.model.config, config)
+    same("the model", state.model.config, first.config)
     same("the checksum of the text", checksum, data.checksum())
     return state
 
@@ -254,10 +267,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"{args.out} holds a run already: add --resume to go on with it, or name another folder")
     file = tokenizer_file(args)
     tokenizer = load_tokenizer(file)
-    config = config_of(args, tokenizer.size)
+    first = first_model(args, tokenizer.size)
     data, held_out = read_data(args, tokenizer)
-    state = start(args, config, data)
-    size = f"{parameter_count(config):,} parameters, {len(data.ids):,} tokens of text"
+    state = start(args, first, data)
+    size = f"{parameter_count(first.config):,} parameters, {len(data.ids):,} tokens of text"
     note(f"{size}, steps {state.step} to {settings.steps}")
     rest = updates(state, settings, data)
     losses = Losses(args.out / LOSSES, state.step)

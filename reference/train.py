@@ -25,12 +25,12 @@ from neox.reference.checkpoint.load import load
 from neox.reference.checkpoint.safetensors_file import read_header
 from neox.reference.checkpoint.save import json_bytes, model_files, tensor_bytes, write_folder
 from neox.reference.checkpoint.tensors import build_params, named_tensors
-from neox.reference.config import Config, read_json
+from neox.reference.config import read_json
 from neox.reference.cores import cores, one_blas_thread
 from neox.reference.corpus import Packed, batch_rows
 from neox.reference.errors import InputError
 from neox.reference.model import Array, Model, forward
-from neox.reference.optimizer import AdamW, Moments, Tensors, clip, initial_model, learning_rate, no_moments, update
+from neox.reference.optimizer import AdamW, Moments, Tensors, clip, learning_rate, no_moments, update
 
 OPTIMIZER = "optimizer.safetensors"
 TRAINING = "training.json"
@@ -158,10 +158,16 @@ def held_out_loss(model: Model, data: Packed, batch: int = 8) -> float:
 # Checkpoints.
 
 
-def begin(config: Config, settings: Settings) -> State:
-    """Before the first update."""
-    model = initial_model(config, settings.seed)
-    return State(0, model, no_moments(named_tensors(config, model.params)))
+def own_copy(model: Model) -> Model:
+    """The same model in float32 arrays that can be written to: those of a file cannot."""
+    tensors = named_tensors(model.config, model.params)
+    params = build_params(model.config, lambda spec: np.array(tensors[spec.name], np.float32))
+    return Model(model.config, params)
+
+
+def begin(model: Model) -> State:
+    """Before the first update of a model, whose arrays the updates will change."""
+    return State(0, model, no_moments(named_tensors(model.config, model.params)))
 
 
 def save_step(folder: Path, state: State, settings: Settings, tokenizer: bytes, checksum: int) -> None:
@@ -190,10 +196,7 @@ def restore(folder: Path) -> tuple[State, Settings, int]:
         raise InputError(f"{folder} holds no checkpoint to resume from")
     last = folder / f"step{steps[-1]}"
     training = read_json(last / TRAINING)
-    stored = load(last, weights="stored")
-    tensors = named_tensors(stored.config, stored.params)
-    params = build_params(stored.config, lambda spec: np.array(tensors[spec.name]))
     moments = {name: np.array(tensor.read()) for name, tensor in read_header(last / OPTIMIZER).items()}
     m, v = ({name[2:]: array for name, array in moments.items() if name[0] == kind} for kind in "mv")
-    state = State(training["step"], Model(stored.config, params), Moments(m, v))
+    state = State(training["step"], own_copy(load(last, weights="stored")), Moments(m, v))
     return state, settings_from(training["settings"]), training["data"]

@@ -102,7 +102,7 @@ def test_twenty_steps_are_those_of_torch(tied: bool) -> None:
         betas=(0.9, 0.95),
         eps=1e-8,
     )
-    state = train.State(0, ours, no_moments(named_tensors(ours.config, ours.params)))
+    state = train.begin(ours)
     for step, ids in enumerate(batches(SETTINGS, TINY.vocab_size), 1):
         state, progress = train.advance(state, SETTINGS, ids)
         logits = theirs(torch.from_numpy(ids[:, :-1]), use_cache=False).logits
@@ -140,7 +140,7 @@ def test_the_loss_falls() -> None:
     config = replace(TINY, num_hidden_layers=1)
     settings = train.Settings(steps=60, batch=4, micro_batch=4, length=16, learning_rate=0.02)
     data = Packed(np.tile(np.arange(10), 60), settings.length)
-    state = train.State(0, initial_model(config, 0), no_moments(named_tensors(config, initial_model(config, 0).params)))
+    state = train.begin(initial_model(config, 0))
     losses = [progress.loss for _, progress in train.updates(state, settings, data)]
     assert abs(losses[0] - np.log(config.vocab_size)) < 0.5  # logits of deviation sqrt(2/5) at first
     assert losses[-1] < 0.1
@@ -235,6 +235,23 @@ def test_the_losses_are_drawn_where_matplotlib_is(place: Path, monkeypatch: pyte
     monkeypatch.setattr(module(), "find_spec", importlib.util.find_spec)
     train_in(place)
     assert (place / "run" / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_can_begin_with_a_model(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It keeps the model's tokenizer and shape, and goes on from its weights."""
+    train_in(place)
+    argv: list[str | Path] = [place / "text", "--out", place / "more", *SHORT, "--from", place / "run" / "step5"]
+    outcome = outcome_of([*argv, "--layers", "7"], capsys)
+    assert outcome.status == 0, outcome
+    assert (place / "more" / "tokenizer.json").read_bytes() == (place / "run" / "tokenizer.json").read_bytes()
+    ended, begun = load(place / "run" / "step5"), load(place / "more" / "step0")
+    assert begun.config == ended.config
+    expected = named_tensors(ended.config, ended.params)
+    for name, array in named_tensors(begun.config, begun.params).items():
+        assert np.array_equal(array, expected[name])
+    (place / "wide.json").write_text(train_tokenizer([STORY], 310).to_str(), encoding="utf-8")
+    wide = outcome_of([*argv[:2], place / "other", *argv[3:], "--tokenizer", place / "wide.json"], capsys)
+    assert "tokens, but the model of --from knows" in complaint(wide)
 
 
 class Killed(BaseException):

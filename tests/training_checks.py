@@ -194,7 +194,7 @@ def steps_are_their_equations() -> None:
     start = random_model(replace(TINY, num_hidden_layers=1), seed=1, dtype="float64")
     ours, plain = copied(start), copied(start)
     parameters = named_tensors(plain.config, plain.params)
-    state = train.State(0, ours, optimizer.no_moments(named_tensors(ours.config, ours.params)))
+    state = train.begin(ours)
     moments: Any = {name: (np.zeros_like(p), np.zeros_like(p)) for name, p in parameters.items()}
     for t, ids in enumerate(batches(SETTINGS, TINY.vocab_size), 1):
         state, progress = train.advance(state, SETTINGS, ids)
