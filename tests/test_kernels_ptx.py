@@ -31,9 +31,9 @@ def check_tile(device: Device, source: Source, dtype: str, by_columns: bool, see
     b = rng.normal(size=(16, 8)).astype(dtype_named(dtype))
     c = rng.normal(size=(16, 8)).astype(np.float32)
     d = device.array(c)
-    stored_b = np.ascontiguousarray(b.T) if by_columns else b
+    stored_a, stored_b = (np.ascontiguousarray(x.T) if by_columns else x for x in (a, b))
     kernel = f"tile<{TYPES[dtype]}, {str(by_columns).lower()}>"
-    device.launch(source, kernel, 1, 32, (device.array(a), device.array(stored_b), d))
+    device.launch(source, kernel, 1, 32, (device.array(stored_a), device.array(stored_b), d))
     wide_a, wide_b = a.astype(np.float64), b.astype(np.float64)
     # Products are exact in float32; 16 additions, each of which rounds a sum no larger than that of the magnitudes.
     magnitudes = np.abs(c) + np.abs(wide_a) @ np.abs(wide_b)

@@ -63,6 +63,7 @@ MUTANTS = [
     ("m8n8.x2.trans.shared", "m8n8.x2.shared"),
     ("m8n8.x2.shared", "m8n8.x2.trans.shared"),
     ("m8n8.x4.shared", "m8n8.x4.trans.shared"),
+    ("m8n8.x4.trans.shared", "m8n8.x4.shared"),
     ('"=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])', '"=r"(r[0]), "=r"(r[2]), "=r"(r[1]), "=r"(r[3])'),
     ("int bytes = wanted ? 16 : 0", "int bytes = 16"),
     ('DEFINE_MMA(__nv_bfloat16, "bf16")', 'DEFINE_MMA(__nv_bfloat16, "f16")'),

@@ -1,9 +1,9 @@
 // One tile through the wrappers of ptx.cuh, one warp: D += A B with A (16,16), B (16,8) in T and D in float.
 //
-// B_BY_COLUMNS: B is stored transposed, as (8,16), and loaded as it lies; else as (16,8), and transposed by ldmatrix.
+// BY_COLUMNS: A and B are stored transposed, as (16,16) and (8,16); ldmatrix transposes A then, and B otherwise.
 #include "ptx.cuh"
 
-template <class T, bool B_BY_COLUMNS> __global__ void tile(const T* a, const T* b, float* d) {
+template <class T, bool BY_COLUMNS> __global__ void tile(const T* a, const T* b, float* d) {
     __shared__ __align__(16) T a_shared[16 * 16];
     __shared__ __align__(16) T b_shared[16 * 8];
     int lane = threadIdx.x;
@@ -13,8 +13,9 @@ template <class T, bool B_BY_COLUMNS> __global__ void tile(const T* a, const T* 
     copy_async_wait<0>();
     __syncwarp();  // every lane's copies have landed before ldmatrix reads them
     uint32_t fragment_a[4], fragment_b[2];
-    load_matrix_x4(fragment_a, a_shared + 16 * (lane % 16) + 8 * (lane / 16));
-    if (B_BY_COLUMNS) load_matrix_x2(fragment_b, b_shared + 16 * (lane % 8) + 8 * (lane / 8 % 2));
+    if (BY_COLUMNS) load_matrix_x4_transposed(fragment_a, a_shared + 16 * (lane % 8 + lane / 16 * 8) + lane / 8 % 2 * 8);
+    else load_matrix_x4(fragment_a, a_shared + 16 * (lane % 16) + 8 * (lane / 16));
+    if (BY_COLUMNS) load_matrix_x2(fragment_b, b_shared + 16 * (lane % 8) + 8 * (lane / 8 % 2));
     else load_matrix_x2_transposed(fragment_b, b_shared + 8 * (lane % 16));
     float* mine = d + 8 * (lane / 4) + 2 * (lane % 4);
     float sum[4] = {mine[0], mine[1], mine[64], mine[65]};

@@ -15,9 +15,13 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
 }
 
 // 4 or 2 matrices of 8x8 16-bit elements from shared memory: lane 8i+r gives the address of row r of matrix i, a
-// multiple of 16 bytes. All 32 lanes.
+// multiple of 16 bytes. Lane l receives, in r[i], row l/4, columns 2(l%4) and the next, of matrix i or of its transpose.
+// All 32 lanes.
 __device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], const void* row) {
     host::load_matrix<4, false>(r, row);
+}
+__device__ __forceinline__ void load_matrix_x4_transposed(uint32_t (&r)[4], const void* row) {
+    host::load_matrix<4, true>(r, row);
 }
 __device__ __forceinline__ void load_matrix_x2(uint32_t (&r)[2], const void* row) {
     host::load_matrix<2, false>(r, row);
@@ -58,6 +62,10 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
 
 __device__ __forceinline__ void load_matrix_x4(uint32_t (&r)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+}
+__device__ __forceinline__ void load_matrix_x4_transposed(uint32_t (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
 }
 __device__ __forceinline__ void load_matrix_x2(uint32_t (&r)[2], const void* row) {
