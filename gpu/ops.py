@@ -43,10 +43,13 @@ RESIDUAL = Source(
 ARGMAX = Source("argmax.cu", ("argmax",))
 ADVANCE = Source("advance.cu", ("advance",))
 PRODUCT = Source("product_naive.cu", tuple(f"product_naive<{T}>" for T in TYPES.values()))
-SOURCES = (EMBEDDING, LAYER_NORM, GELU, ROTARY_APPEND, ATTENTION_DECODE, RESIDUAL, ARGMAX, ADVANCE, PRODUCT)
+ROWS = (1, 2, 4, 8)  # that a warp of matvec can take
+MATVEC = Source("matvec.cu", tuple(f"matvec<{T}, {rows}>" for T in TYPES.values() for rows in ROWS))
+SOURCES = (EMBEDDING, LAYER_NORM, GELU, ROTARY_APPEND, ATTENTION_DECODE, RESIDUAL, ARGMAX, ADVANCE, PRODUCT, MATVEC)
 
 THREADS = 256  # of a block whose work any number of threads can share
 ATTENTION_THREADS = 128  # as in attention_decode.cu
+MATVEC_THREADS, MATVEC_OUTPUTS = 256, 16  # of a block, as in matvec.cu
 
 
 def type_of(array: Array) -> str:
@@ -104,11 +107,19 @@ def bias_gelu(x: Array, bias: Array, activation: str, out: Array) -> None:
 
 def product_naive(x: Array, weight: Array, out: Array) -> None:
     """x weight^T: (N,I), (O,I) -> float32 (N,O)."""
-    (N, inputs), (outputs, _) = x.shape, weight.shape
-    expect("weight", weight, (outputs, inputs), x.dtype)
-    expect("out", out, (N, outputs), np.float32)
+    N, outputs, inputs = check_product(x, weight, out)
     arguments = (x, weight, out, np.int32(N), np.int32(outputs), np.int32(inputs))
     out.device.launch(PRODUCT, f"product_naive<{type_of(x)}>", -(-N * outputs // THREADS), THREADS, arguments)
+
+
+def matvec(x: Array, weight: Array, out: Array) -> None:
+    """The same for a few rows: the weights are read once for 8 of them. I must be a multiple of 8."""
+    N, outputs, inputs = _check_pieces(x, weight, out)
+    rows = next((rows for rows in ROWS if rows >= N), ROWS[-1])
+    grid = -(-outputs // MATVEC_OUTPUTS), -(-N // rows)
+    arguments = (x, weight, out, np.int32(N), np.int32(outputs), np.int32(inputs))
+    name = f"matvec<{type_of(x)}, {rows}>"
+    out.device.launch(replace(MATVEC, kernels=(name,)), name, grid, MATVEC_THREADS, arguments)
 
 
 def rotary_append(
@@ -212,6 +223,21 @@ def _check_cache(q: Array, keys: Array, values: Array, texts: Array, positions: 
     expect("values", values, keys.shape, keys.dtype)
     expect("texts", texts, (N,), np.int32)
     expect("positions", positions, (N,), np.int32)
+
+
+def check_product(x: Array, weight: Array, out: Array) -> tuple[int, int, int]:
+    (N, inputs), (outputs, _) = x.shape, weight.shape
+    expect("weight", weight, (outputs, inputs), x.dtype)
+    expect("out", out, (N, outputs), np.float32)
+    return N, outputs, inputs
+
+
+def _check_pieces(x: Array, weight: Array, out: Array) -> tuple[int, int, int]:
+    """That rows can be read in pieces of 16 bytes."""
+    N, outputs, inputs = check_product(x, weight, out)
+    if inputs % 8 or x.address % 16 or weight.address % 16:
+        raise ValueError(f"rows of {inputs} numbers are not whole pieces of 8 at multiples of 16 bytes")
+    return N, outputs, inputs
 
 
 def _check_residual(

@@ -17,6 +17,8 @@ from test_kernels_attention_decode import check_attention
 from test_kernels_embedding import check_embedding
 from test_kernels_gelu import check_gelu, check_tail
 from test_kernels_layer_norm import check_block, check_naive, check_pair
+from test_kernels_products import check_matvec
+from test_kernels_products import check_naive as check_naive_product
 from test_kernels_residual import check_residual, check_residual_pair
 from test_kernels_rotary_append import check_rotary_append
 
@@ -51,6 +53,11 @@ CASES: dict[Callable[..., None], tuple[str, list[tuple]]] = {
     check_advance: ("ADVANCE", [(5,), (257,)]),
     check_residual: ("RESIDUAL", [(3, 257, "float16"), (2, 40, "float32", False)]),
     check_residual_pair: ("RESIDUAL", [(3, 257, "float16"), (2, 40, "float32", False)]),
+    check_naive_product: ("PRODUCT", [(3, 37, 41, "float32"), (8, 32, 8, "float16")]),
+    check_matvec: (
+        "MATVEC",
+        [(3, 17, 129, "float32"), (9, 3, 265, "float16"), (1, 33, 31, "bfloat16")],
+    ),
 }
 
 
@@ -249,6 +256,42 @@ MUTANTS = [
         ("biased(m[i], bias_m, c) +", "m[i] +"),
         ("biased(m[i], bias_m, c) + biased(a[i], bias_a, c)", "biased(m[i], bias_m, c)"),
         ("x[i] += biased(m[i], bias_m, c) +", "x[i] = x[i] + biased(m[i], bias_m, c) +"),
+    ),
+    *mutants(
+        "product_naive.cu",
+        check_naive_product,
+        ("i < I", "i < I - 1"),
+        ("i < I", "i <= I"),
+        ("j / O * I", "j / O * O"),
+        ("j % O * I", "j / O * I"),
+        (">= static_cast<long long>(N) * O", "> static_cast<long long>(N) * O"),
+        (">= static_cast<long long>(N) * O", ">= static_cast<long long>(N) * O - 1"),
+        (
+            "sum += to_float(row[i]) * to_float(w[i])",
+            "sum = to_float(from_float<T>(sum + to_float(row[i]) * to_float(w[i])))",
+        ),
+    ),
+    *mutants(
+        "matvec.cu",
+        check_matvec,
+        ("min(index, count - 1)", "index"),
+        ("min(index, count - 1)", "min(index, count)"),
+        ("if (o >= O)", "if (o >= O - 1)"),
+        ("first = 8 * lane; first < I;", "first = 8 * lane; first < I - 8;"),
+        ("first += 256 * STEPS", "first += 256"),
+        ("if (first + 256 * step < I) w", "w"),
+        ("if (first + 256 * step >= I) break;", ""),
+        ("if (first + 256 * step >= I) break;", "if (first + 256 * step >= I - 8) break;"),
+        ("eight(row(weight, o + k, O, I) + first + 256 * step)", "eight(row(weight, o + k, O, I) + first)"),
+        ("eight(row(x, n + r, N, I) + first + 256 * step)", "eight(row(x, n + r, N, I) + first)"),
+        ("eight(row(x, n + r, N, I)", "eight(row(x, r, N, I)"),
+        ("v[j] * w[step][k][j]", "v[j] * w[0][k][j]"),
+        ("v[j] * w[step][k][j]", "v[j] * w[step][0][j]"),
+        ("sum[r][k] += v[j] * w[step][k][j]", "sum[r][k] = to_float(from_float<T>(sum[r][k] + v[j] * w[step][k][j]))"),
+        ("warp_sum(sum[r][k])", "sum[r][k]"),
+        ("n + r < N &&", ""),
+        ("&& o + k < O", ""),
+        ("<long long>(n + r) * O", "<long long>(r) * O"),
     ),
 ]
 

@@ -23,15 +23,20 @@ template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(f
     return __float2bfloat16_rn(x);
 }
 
-// 8 neighbours, in loads of 16 bytes: p must be a multiple of 16.
-__device__ __forceinline__ void load_8(const float* p, float (&x)[8]) {
-    const float4 a = reinterpret_cast<const float4*>(p)[0], b = reinterpret_cast<const float4*>(p)[1];
-    x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w;
-    x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
+// 8 neighbours as they lie in memory, widened where they are used: registers hold no more than was read.
+template <class T> struct Eight {
+    uint4 words[sizeof(T) / 2];
+
+    __device__ __forceinline__ float operator[](int i) const { return to_float(reinterpret_cast<const T*>(words)[i]); }
+};
+
+// In loads of 16 bytes: p must be a multiple of 16.
+template <class T> __device__ __forceinline__ Eight<T> eight(const T* p) {
+    return *reinterpret_cast<const Eight<T>*>(p);
 }
+
 template <class T> __device__ __forceinline__ void load_8(const T* p, float (&x)[8]) {
-    const uint4 words = *reinterpret_cast<const uint4*>(p);
-    const T* halves = reinterpret_cast<const T*>(&words);
+    const Eight<T> packed = eight(p);
 #pragma unroll
-    for (int i = 0; i < 8; i++) x[i] = to_float(halves[i]);
+    for (int i = 0; i < 8; i++) x[i] = packed[i];
 }

@@ -1,0 +1,91 @@
+"""The matrix products on the device, each against float64: shapes about the tiles' sizes, dtypes, schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from devices import DTYPES, all_devices, devices
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from neox.gpu import ops
+from neox.gpu.device import Array, Device, dtype_named
+
+STEP = 2.0**-24  # largest relative error of one rounding in float32
+Product = Callable[[Array, Array, Array], None]
+
+
+def factors(N: int, outputs: int, inputs: int, dtype: str, scale: float, seed: int) -> tuple[NDArray, NDArray]:
+    rng = np.random.default_rng(seed)
+    x = (scale * rng.normal(size=(N, inputs))).astype(dtype_named(dtype))
+    return x, (rng.normal(size=(outputs, inputs)) / np.sqrt(inputs)).astype(dtype_named(dtype))
+
+
+def check(device: Device, product: Product, x: NDArray, weight: NDArray, roundings: int) -> None:
+    """roundings: of the longest chain of additions and, in float32, multiplications that leads to a sum.
+
+    Each errs by at most STEP of a partial sum, which is no larger than the sum of the products' magnitudes.
+    """
+    y = device.empty((len(x), len(weight)), "float32")
+    product(device.array(x), device.array(weight), y)
+    wide_x, wide_weight = x.astype(np.float64), weight.astype(np.float64)
+    magnitudes = np.abs(wide_x) @ np.abs(wide_weight).T
+    assert (np.abs(y.get() - wide_x @ wide_weight.T) <= roundings * STEP * magnitudes).all()
+
+
+def check_naive(device: Device, N: int, outputs: int, inputs: int, dtype: str, scale: float = 1, seed: int = 0) -> None:
+    check(device, ops.product_naive, *factors(N, outputs, inputs, dtype, scale, seed), 2 * inputs)
+
+
+def check_matvec(
+    device: Device, N: int, outputs: int, pieces: int, dtype: str, scale: float = 1, seed: int = 0
+) -> None:
+    """A lane adds one piece, of 8 products, of every 32; then 5 exchanges."""
+    check(device, ops.matvec, *factors(N, outputs, 8 * pieces, dtype, scale, seed), 2 * 8 * -(-pieces // 32) + 5)
+
+
+seeds = st.integers(0, 2**32 - 1)
+SCALES = st.sampled_from((1, 0.03, 3000))  # the last: sums beyond what float16 can hold
+
+
+@given(devices(), st.integers(1, 9), st.integers(1, 40), st.integers(1, 70), st.sampled_from(DTYPES), SCALES, seeds)
+def test_the_naive_product_is_right(device, N, outputs, inputs, dtype, scale, seed) -> None:
+    check_naive(device, N, outputs, inputs, dtype, scale, seed)
+
+
+# Pieces of 8: a lane's first, all lanes' first, all of a step in float32 and in 16 bits, and the ones about these.
+PIECES = st.one_of(st.integers(1, 40), st.sampled_from((63, 64, 65, 127, 128, 129, 160, 257)))
+
+
+@given(devices(), st.integers(1, 17), st.integers(1, 40), PIECES, st.sampled_from(DTYPES), SCALES, seeds)
+def test_the_skinny_product_is_right(device, N, outputs, pieces, dtype, scale, seed) -> None:
+    check_matvec(device, N, outputs, pieces, dtype, scale, seed)
+
+
+@pytest.mark.parametrize("product", [ops.matvec])
+def test_rows_that_are_no_whole_pieces_are_refused(product) -> None:
+    device = all_devices()[0]
+    x, y = device.empty((3, 12), "float16"), device.empty((3, 5), "float32")
+    with pytest.raises(ValueError, match="rows of 12 numbers are not whole pieces of 8"):
+        product(x, device.empty((5, 12), "float16"), y)
+    offset = device.empty(2 * 24 + 4, "float16")[4:].reshape(3, 16)
+    with pytest.raises(ValueError, match="at multiples of 16 bytes"):
+        product(offset, device.empty((5, 16), "float16"), y)
+
+
+@pytest.mark.parametrize("product", [ops.product_naive, ops.matvec])
+def test_shapes_and_dtypes_are_checked(product) -> None:
+    device = all_devices()[0]
+    x, w, y = device.empty((3, 16), "float16"), device.empty((5, 16), "float16"), device.empty((3, 5), "float32")
+    for arguments, message in [
+        ((x, device.empty((5, 8), "float16"), y), r"weight must be float16 of shape \(5, 16\)"),
+        ((x, device.empty((5, 16), "bfloat16"), y), "weight must be float16"),
+        ((x, w, device.empty((5, 3), "float32")), r"out must be .*float32.* of shape \(3, 5\)"),
+        ((x, w, device.empty((3, 5), "float16")), "out must be .*float32"),
+        ((device.empty((3, 16), "int32"), device.empty((5, 16), "int32"), y), "int32 is none of float32"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            product(*arguments)
