@@ -45,11 +45,16 @@ ADVANCE = Source("advance.cu", ("advance",))
 PRODUCT = Source("product_naive.cu", tuple(f"product_naive<{T}>" for T in TYPES.values()))
 ROWS = (1, 2, 4, 8)  # that a warp of matvec can take
 MATVEC = Source("matvec.cu", tuple(f"matvec<{T}, {rows}>" for T in TYPES.values() for rows in ROWS))
-SOURCES = (EMBEDDING, LAYER_NORM, GELU, ROTARY_APPEND, ATTENTION_DECODE, RESIDUAL, ARGMAX, ADVANCE, PRODUCT, MATVEC)
+GEMM = Source("gemm.cu", ("gemm<__half>", "gemm<__nv_bfloat16>"))
+SOURCES = (
+    *(EMBEDDING, LAYER_NORM, GELU, ROTARY_APPEND, ATTENTION_DECODE, RESIDUAL, ARGMAX, ADVANCE),
+    *(PRODUCT, MATVEC, GEMM),
+)
 
 THREADS = 256  # of a block whose work any number of threads can share
 ATTENTION_THREADS = 128  # as in attention_decode.cu
 MATVEC_THREADS, MATVEC_OUTPUTS = 256, 16  # of a block, as in matvec.cu
+GEMM_THREADS, GEMM_TILE = 128, 64  # as in gemm.cu
 
 
 def type_of(array: Array) -> str:
@@ -120,6 +125,17 @@ def matvec(x: Array, weight: Array, out: Array) -> None:
     arguments = (x, weight, out, np.int32(N), np.int32(outputs), np.int32(inputs))
     name = f"matvec<{type_of(x)}, {rows}>"
     out.device.launch(replace(MATVEC, kernels=(name,)), name, grid, MATVEC_THREADS, arguments)
+
+
+def gemm(x: Array, weight: Array, out: Array) -> None:
+    """The same on tensor cores, float16 or bfloat16 only, for more rows. I must be a multiple of 8."""
+    N, outputs, inputs = _check_pieces(x, weight, out)
+    name = f"gemm<{type_of(x)}>"
+    if name not in GEMM.kernels:
+        raise ValueError(f"tensor cores multiply numbers of 16 bits, not {x.dtype}")
+    grid = -(-outputs // GEMM_TILE), -(-N // GEMM_TILE)
+    arguments = (x, weight, out, np.int32(N), np.int32(outputs), np.int32(inputs))
+    out.device.launch(GEMM, name, grid, GEMM_THREADS, arguments)
 
 
 def rotary_append(

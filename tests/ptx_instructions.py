@@ -85,6 +85,16 @@ def convert(m: Machine, i: Instruction) -> None:
     m.write(i.operands[0], value.astype(TYPES[to]))
 
 
+def insert_bits(m: Machine, i: Instruction) -> None:
+    """bfi d, a, b, position, length: b with `length` bits of a at `position`."""
+    a, b = m.read(i.operands[1], i.kind), m.read(i.operands[2], i.kind)
+    position, length = int(i.operands[3]), int(i.operands[4])
+    if position + length > 8 * a.itemsize:
+        raise NotImplementedError(f"PTX: {i} beyond the register")
+    mask = a.dtype.type(((1 << length) - 1) << position)
+    m.write(i.operands[0], (b & ~mask) | ((a << a.dtype.type(position)) & mask))
+
+
 def compare(m: Machine, i: Instruction) -> None:
     only(i, "ftz", *RELATIONS)
     a, b = m.read(i.operands[1], i.kind), m.read(i.operands[2], i.kind)
@@ -97,9 +107,22 @@ def select(m: Machine, i: Instruction) -> None:
 
 
 def move(m: Machine, i: Instruction) -> None:
-    if "<" in "".join(i.operands):
-        raise NotImplementedError(f"PTX: {i}")
-    m.write(i.operands[0], m.read(i.operands[1], i.kind))
+    """Also between a register and a vector of narrower ones, the first of which is the lowest bits."""
+    into, source = i.operands
+    vector = into if "<" in into else source
+    if "<" not in vector:
+        m.write(into, m.read(source, i.kind))
+        return
+    bits = np.dtype(TYPES[i.kind]).itemsize
+    part = f"b{8 * bits // len(registers(vector))}"
+    if vector is source:
+        parts = [m.read(register, part) for register in registers(source)]
+        m.write(into, np.stack(parts, axis=1).view(BITS[bits])[:, 0])
+        return
+    values = m.read(source, i.kind).reshape(-1, 1).view(TYPES[part])
+    for k, register in enumerate(registers(into)):
+        if register != "_":
+            m.write(register, values[:, k])
 
 
 # Memory.
@@ -220,6 +243,7 @@ OPERATIONS: dict[str, Callable[[Machine, Instruction], None]] = {
     "add": elementwise(np.add),
     "and": elementwise(np.bitwise_and),
     "bar": barrier,
+    "bfi": insert_bits,
     "bra": branch,
     "copysign": elementwise(lambda sign, size: np.copysign(size, sign)),
     "cp": copy_async,
@@ -231,10 +255,13 @@ OPERATIONS: dict[str, Callable[[Machine, Instruction], None]] = {
     "ld": load,
     "ldmatrix": load_matrix,
     "mad": elementwise(lambda a, b, c: a * b + c),
+    "min": elementwise(np.minimum),
     "mma": multiply_matrices,
     "mov": move,
     "mul": multiply,
     "neg": elementwise(np.negative),
+    "not": elementwise(np.invert),
+    "or": elementwise(np.bitwise_or),
     "rcp": elementwise(np.reciprocal),
     "ret": leave,
     "selp": select,

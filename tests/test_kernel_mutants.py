@@ -17,8 +17,7 @@ from test_kernels_attention_decode import check_attention
 from test_kernels_embedding import check_embedding
 from test_kernels_gelu import check_gelu, check_tail
 from test_kernels_layer_norm import check_block, check_naive, check_pair
-from test_kernels_products import check_matvec
-from test_kernels_products import check_naive as check_naive_product
+from test_kernels_products import check_gemm, check_matvec, check_product_naive
 from test_kernels_residual import check_residual, check_residual_pair
 from test_kernels_rotary_append import check_rotary_append
 
@@ -53,11 +52,12 @@ CASES: dict[Callable[..., None], tuple[str, list[tuple]]] = {
     check_advance: ("ADVANCE", [(5,), (257,)]),
     check_residual: ("RESIDUAL", [(3, 257, "float16"), (2, 40, "float32", False)]),
     check_residual_pair: ("RESIDUAL", [(3, 257, "float16"), (2, 40, "float32", False)]),
-    check_naive_product: ("PRODUCT", [(3, 37, 41, "float32"), (8, 32, 8, "float16")]),
+    check_product_naive: ("PRODUCT", [(3, 37, 41, "float32"), (8, 32, 8, "float16")]),
     check_matvec: (
         "MATVEC",
         [(3, 17, 129, "float32"), (9, 3, 265, "float16"), (1, 33, 31, "bfloat16")],
     ),
+    check_gemm: ("GEMM", [(65, 37, 17, "float16"), (9, 66, 4, "bfloat16"), (64, 64, 40, "bfloat16")]),
 }
 
 
@@ -259,7 +259,7 @@ MUTANTS = [
     ),
     *mutants(
         "product_naive.cu",
-        check_naive_product,
+        check_product_naive,
         ("i < I", "i < I - 1"),
         ("i < I", "i <= I"),
         ("j / O * I", "j / O * O"),
@@ -292,6 +292,40 @@ MUTANTS = [
         ("n + r < N &&", ""),
         ("&& o + k < O", ""),
         ("<long long>(n + r) * O", "<long long>(r) * O"),
+    ),
+    *mutants(
+        "gemm.cu",
+        check_gemm,
+        ("__syncthreads();  // every", "// every"),
+        ("copy_async_wait<STAGES - 2>();", "copy_async_wait<STAGES - 1>();"),
+        ("copy_async_wait<STAGES - 2>();", ""),
+        ("first + row < count && i", "i"),
+        ("first + row < count", "first + row < count - 1"),
+        ("&& i + column < I", ""),
+        ("i + column < I", "i + column < I - 8"),
+        ("first + row) * I + i + column", "first + row) * I + column"),
+        ("first + row) * I + i + column", "row) * I + i + column"),
+        ("if (slice * SLICE < I) {", "if (slice * SLICE < I - SLICE) {"),
+        ("fetch_both(slice + STAGES - 1);", "fetch_both(slice + STAGES);"),
+        ("slice < STAGES - 1; slice++", "slice < STAGES - 2; slice++"),
+        ("TILE * PIECES / THREADS; k++", "TILE * PIECES / THREADS - 1; k++"),
+        ("for (int slice = 0; slice * SLICE < I;", "for (int slice = 0; slice * SLICE < I - SLICE;"),
+        ("i < SLICE; i += 16", "i < SLICE; i += 32"),
+        ("&x[16 * m + lane % 16][i + lane / 16 * 8]", "&x[16 * m + lane % 16][i + lane / 8 % 2 * 8]"),
+        ("&x[16 * m +", "&x[8 * m +"),
+        ("[i + lane / 8 % 2 * 8]);", "[i + lane / 16 * 8]);"),
+        ("a[m], b[o]", "a[0], b[o]"),
+        ("warp / 2 * 32, column = warp % 2 * 32", "warp / 2 * 32, column = warp / 2 * 32"),
+        ("weight_slices[slice % STAGES] + column", "weight_slices[slice % STAGES]"),
+        ("lane / 4 + j / 2 % 2 * 8", "lane / 4 + j % 2 * 8"),
+        ("n < N &&", "n <= N &&"),
+        ("o < O) y", "o <= O) y"),
+        ("o < O) y", "o < O - 1) y"),
+        ("n < N &&", "n < N - 1 &&"),
+        (
+            "mma_m16n8k16<T>(sum[m][o], a[m], b[o]);",
+            "mma_m16n8k16<T>(sum[m][o], a[m], b[o]), sum[m][o][0] = to_float(from_float<T>(sum[m][o][0]));",
+        ),
     ),
 ]
 

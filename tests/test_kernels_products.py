@@ -36,7 +36,9 @@ def check(device: Device, product: Product, x: NDArray, weight: NDArray, roundin
     assert (np.abs(y.get() - wide_x @ wide_weight.T) <= roundings * STEP * magnitudes).all()
 
 
-def check_naive(device: Device, N: int, outputs: int, inputs: int, dtype: str, scale: float = 1, seed: int = 0) -> None:
+def check_product_naive(
+    device: Device, N: int, outputs: int, inputs: int, dtype: str, scale: float = 1, seed: int = 0
+) -> None:
     check(device, ops.product_naive, *factors(N, outputs, inputs, dtype, scale, seed), 2 * inputs)
 
 
@@ -47,13 +49,18 @@ def check_matvec(
     check(device, ops.matvec, *factors(N, outputs, 8 * pieces, dtype, scale, seed), 2 * 8 * -(-pieces // 32) + 5)
 
 
+def check_gemm(device: Device, N: int, outputs: int, pieces: int, dtype: str, scale: float = 1, seed: int = 0) -> None:
+    """An mma adds 16 products and a sum. Tensor cores cut digits off instead of rounding: twice the error."""
+    check(device, ops.gemm, *factors(N, outputs, 8 * pieces, dtype, scale, seed), 2 * 17 * -(-8 * pieces // 16))
+
+
 seeds = st.integers(0, 2**32 - 1)
 SCALES = st.sampled_from((1, 0.03, 3000))  # the last: sums beyond what float16 can hold
 
 
 @given(devices(), st.integers(1, 9), st.integers(1, 40), st.integers(1, 70), st.sampled_from(DTYPES), SCALES, seeds)
 def test_the_naive_product_is_right(device, N, outputs, inputs, dtype, scale, seed) -> None:
-    check_naive(device, N, outputs, inputs, dtype, scale, seed)
+    check_product_naive(device, N, outputs, inputs, dtype, scale, seed)
 
 
 # Pieces of 8: a lane's first, all lanes' first, all of a step in float32 and in 16 bits, and the ones about these.
@@ -65,7 +72,23 @@ def test_the_skinny_product_is_right(device, N, outputs, pieces, dtype, scale, s
     check_matvec(device, N, outputs, pieces, dtype, scale, seed)
 
 
-@pytest.mark.parametrize("product", [ops.matvec])
+# A fragment, a warp's quarter, a tile and two, and the sizes about these; slices of 4 pieces, of which 3 stand ready.
+TILES = st.one_of(st.integers(1, 40), st.sampled_from((15, 16, 17, 31, 33, 63, 64, 65, 127, 129, 130)))
+SLICES = st.one_of(st.integers(1, 20), st.sampled_from((48, 49)))
+
+
+@given(devices(), TILES, TILES, SLICES, st.sampled_from(("float16", "bfloat16")), SCALES, seeds)
+def test_the_product_on_tensor_cores_is_right(device, N, outputs, pieces, dtype, scale, seed) -> None:
+    check_gemm(device, N, outputs, pieces, dtype, scale, seed)
+
+
+def test_tensor_cores_take_16_bits() -> None:
+    device = all_devices()[0]
+    with pytest.raises(ValueError, match="numbers of 16 bits, not float32"):
+        ops.gemm(device.empty((3, 16), "float32"), device.empty((5, 16), "float32"), device.empty((3, 5), "float32"))
+
+
+@pytest.mark.parametrize("product", [ops.matvec, ops.gemm])
 def test_rows_that_are_no_whole_pieces_are_refused(product) -> None:
     device = all_devices()[0]
     x, y = device.empty((3, 12), "float16"), device.empty((3, 5), "float32")
@@ -76,7 +99,7 @@ def test_rows_that_are_no_whole_pieces_are_refused(product) -> None:
         product(offset, device.empty((5, 16), "float16"), y)
 
 
-@pytest.mark.parametrize("product", [ops.product_naive, ops.matvec])
+@pytest.mark.parametrize("product", [ops.product_naive, ops.matvec, ops.gemm])
 def test_shapes_and_dtypes_are_checked(product) -> None:
     device = all_devices()[0]
     x, w, y = device.empty((3, 16), "float16"), device.empty((5, 16), "float16"), device.empty((3, 5), "float32")
