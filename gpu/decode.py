@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from neox.gpu import ops
 from neox.gpu.device import Array, Graph
-from neox.gpu.model import Keys, Mix, Model, Place, Workspace, embed, layer, mix_all, new_workspace, unembed
+from neox.gpu.model import MANY, Keys, Mix, Model, Place, Workspace, embed, layer, mix_all, new_workspace, unembed
 from neox.reference.config import Config
 from neox.reference.errors import InputError
 
@@ -180,14 +180,15 @@ class CachedDecoder:
         texts = self._step.place.texts.get()[rows]
         self._step = self._step.first(len(rows))
         self._place(texts, self._lengths[rows])
-        self._graph = None
+        self._graph, self._compiled = None, False  # for fewer texts products may be other kernels
 
     def go_on(self) -> None:
         """A step with the ids that the last one found likeliest. Nothing is copied and nothing waited for."""
         if self._lengths.max() >= self._cache.keys.shape[3]:
             raise InputError(f"{self._lengths.max() + 1} tokens, but this cache holds {self._cache.keys.shape[3]}")
         self._lengths = self._lengths + 1
-        if not self._compiled:  # a capture can compile nothing: the first step runs as it is
+        library = len(self._lengths) > MANY  # its products are no kernels of ours, and cannot be captured
+        if library or not self._compiled:  # a capture can compile nothing: the first step runs as it is
             self._launches()
             self._compiled = True
             return

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from neox.gpu import cublas
 from neox.gpu.host.build import MODES, build, compiler
 from neox.gpu.host.memory import HostMemory
 from neox.gpu.host.module import ORDERS, HostModule, Pointer
@@ -40,6 +41,9 @@ PLAIN_SHARED_BYTES = 48 * 1024  # more must be asked for, kernel by kernel
 LARGEST_SHARED_BYTES = 227 * 1024  # of sm_90
 
 Size = int | tuple[int, ...]
+
+
+PRODUCT_DTYPES = ("float32", "float16", "bfloat16")
 
 
 class CaptureError(RuntimeError):
@@ -165,6 +169,16 @@ class Device(ABC):
         if self._capturing is not None:
             self._capturing += [a for a in arguments if isinstance(a, Array)]
 
+    def matmul(self, x: Array, weight: Array, out: Array) -> None:
+        """x weight^T by a library, cuBLAS or NumPy's BLAS: (N,I), (O,I) of one dtype -> float32 (N,O).
+
+        Sums are float32 whatever the dtype. ValueError if shapes or dtypes do not fit, InputError if CuPy does not find
+        cuBLAS, CaptureError during capture: CuPy lets no call of cuBLAS into a graph.
+        """
+        self._refuse("product by a library")
+        product_sizes(x, weight, out)
+        self._matmul(x, weight, out)
+
     def capture(self, function: Callable[[], None]) -> Graph:
         """The launches that a function makes, as a graph. CaptureError if it does what cannot be captured."""
         self._refuse("another capture")
@@ -221,6 +235,9 @@ class Device(ABC):
     ) -> None: ...
 
     @abstractmethod
+    def _matmul(self, x: Array, weight: Array, out: Array) -> None: ...
+
+    @abstractmethod
     def _capture(self) -> Any:
         """A context in which launches are noted down; gives a list that holds the result when it ends."""
 
@@ -229,6 +246,21 @@ class Device(ABC):
 
     @abstractmethod
     def _synchronize(self) -> None: ...
+
+
+def expect(name: str, array: Array, shape: tuple[int, ...], dtype: object) -> None:
+    if array.shape != shape or array.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype} of shape {shape}, not {array.dtype} of shape {array.shape}")
+
+
+def product_sizes(x: Array, weight: Array, out: Array) -> tuple[int, int, int]:
+    """N, O and I of a product. ValueError if it cannot be."""
+    (N, inputs), (outputs, _) = x.shape, weight.shape
+    if x.dtype.name not in PRODUCT_DTYPES:
+        raise ValueError(f"{x.dtype} is none of {', '.join(PRODUCT_DTYPES)}")
+    expect("weight", weight, (outputs, inputs), x.dtype)
+    expect("out", out, (N, outputs), np.float32)
+    return N, outputs, inputs
 
 
 def _three(size: Size) -> tuple[int, int, int]:
@@ -308,6 +340,13 @@ class HostDevice(Device):
         else:
             self._recording.append(run)
 
+    def _values(self, array: Array) -> NDArray:
+        return self._bytes(array).view(array.dtype).reshape(array.shape)
+
+    def _matmul(self, x: Array, weight: Array, out: Array) -> None:
+        wide_x, wide_weight = (self._values(a).astype(np.float32, copy=False) for a in (x, weight))
+        np.matmul(wide_x, wide_weight.T, out=self._values(out))
+
     @contextmanager
     def _capture(self) -> Iterator[list[Any]]:
         launches: list[Callable[[], None]] = []
@@ -336,6 +375,7 @@ class CudaDevice(Device):
     arch: str | None = None
     _cupy: Any = field(default=None, init=False)
     _stream: Any = field(default=None, init=False)
+    _cublas: tuple[Any, int] | None = field(default=None, init=False)  # the library and a handle, from first use on
 
     def __post_init__(self) -> None:
         self._cupy = _import_cupy()
@@ -379,6 +419,14 @@ class CudaDevice(Device):
         )
         with self._stream:
             function(grid, block, passed, shared_mem=shared_bytes)
+
+    def _matmul(self, x: Array, weight: Array, out: Array) -> None:
+        if self._cublas is None:
+            library = cublas.import_cublas()
+            self._cublas = library, cublas.open_handle(library)
+        matrices = (cublas.Matrix(a.address, (a.shape[0], a.shape[1]), a.dtype.name) for a in (x, weight, out))
+        with self._stream:
+            cublas.multiply(*self._cublas, *matrices)
 
     @contextmanager
     def _capture(self) -> Iterator[list[Any]]:

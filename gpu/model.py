@@ -142,9 +142,22 @@ def new_workspace(model: Model, count: int) -> Workspace:
 # Operations.
 
 
+FEW = 16  # rows for which matvec reads the weights at most twice
+MANY = 256  # rows up to which reading the weights takes a card longer than multiplying them
+
+
 def linear(x: Array, p: Linear, out: Array) -> None:  # (N,I) -> float32 (N,O)
-    """x W^T. The bias is added by the kernel that reads the result."""
-    ops.product_naive(x, p.weight, out)
+    """x W^T. The bias is added by the kernel that reads the result.
+
+    Up to MANY rows by kernels of ours, which a graph can hold; tensor cores take no float32.
+    """
+    rows = x.shape[0]
+    if rows > MANY:
+        x.device.matmul(x, p.weight, out)
+    elif rows > FEW and x.dtype != np.float32:
+        ops.gemm(x, p.weight, out)
+    else:
+        ops.matvec(x, p.weight, out)
 
 
 def layer_norm(x: Array, p: LayerNorm, eps: float, out: Array) -> None:  # float32 (N,C) -> (N,C)

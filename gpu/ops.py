@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from neox.gpu.device import Array
+from neox.gpu.device import Array, expect, product_sizes
 from neox.gpu.source import Source
 
 TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
@@ -64,11 +64,6 @@ def type_of(array: Array) -> str:
     return TYPES[array.dtype.name]
 
 
-def expect(name: str, array: Array, shape: tuple[int, ...], dtype: object) -> None:
-    if array.shape != shape or array.dtype != dtype:
-        raise ValueError(f"{name} must be {dtype} of shape {shape}, not {array.dtype} of shape {array.shape}")
-
-
 def embedding(ids: Array, table: Array, out: Array) -> None:
     """out[n] = table[ids[n]]: int32 (N), (V,C) -> float32 (N,C). The ids must lie in the table."""
     (N,), (_, C) = ids.shape, table.shape
@@ -112,7 +107,7 @@ def bias_gelu(x: Array, bias: Array, activation: str, out: Array) -> None:
 
 def product_naive(x: Array, weight: Array, out: Array) -> None:
     """x weight^T: (N,I), (O,I) -> float32 (N,O)."""
-    N, outputs, inputs = check_product(x, weight, out)
+    N, outputs, inputs = product_sizes(x, weight, out)
     arguments = (x, weight, out, np.int32(N), np.int32(outputs), np.int32(inputs))
     out.device.launch(PRODUCT, f"product_naive<{type_of(x)}>", -(-N * outputs // THREADS), THREADS, arguments)
 
@@ -241,16 +236,9 @@ def _check_cache(q: Array, keys: Array, values: Array, texts: Array, positions: 
     expect("positions", positions, (N,), np.int32)
 
 
-def check_product(x: Array, weight: Array, out: Array) -> tuple[int, int, int]:
-    (N, inputs), (outputs, _) = x.shape, weight.shape
-    expect("weight", weight, (outputs, inputs), x.dtype)
-    expect("out", out, (N, outputs), np.float32)
-    return N, outputs, inputs
-
-
 def _check_pieces(x: Array, weight: Array, out: Array) -> tuple[int, int, int]:
     """That rows can be read in pieces of 16 bytes."""
-    N, outputs, inputs = check_product(x, weight, out)
+    N, outputs, inputs = product_sizes(x, weight, out)
     if inputs % 8 or x.address % 16 or weight.address % 16:
         raise ValueError(f"rows of {inputs} numbers are not whole pieces of 8 at multiples of 16 bytes")
     return N, outputs, inputs

@@ -8,7 +8,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from devices import DTYPES, all_devices, devices
+from devices import DTYPES, all_devices, devices, on_a_card
 from gpu_models import SMALL, assert_right, device_configs, drawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,8 +18,10 @@ from strategies import draw_ids, seeds
 import neox.gpu as gpu
 import neox.reference as reference
 from neox.gpu import decode
+from neox.gpu import model as gpu_model
 from neox.gpu.decode import CachedDecoder, GreedyDecoder
-from neox.gpu.device import Device
+from neox.gpu.device import CudaDevice, Device, HostDevice
+from neox.gpu.model import FEW
 from neox.reference import shipped
 from neox.reference.config import Config
 from neox.reference.errors import InputError
@@ -105,6 +107,34 @@ def test_texts_that_go_on_are_not_touched_by_those_that_ended(rows) -> None:
             decoder.keep(kept)
         texts = [[*texts[i], step + i] for i in kept]
         check_all(decoder.step([text[-1] for text in texts]), SMALL, texts, "float32")
+
+
+def test_fewer_texts_are_captured_again_though_their_products_are_other_kernels() -> None:
+    device = CudaDevice() if on_a_card() else HostDevice()  # which has compiled nothing yet
+    model = gpu.to_device(drawn(SMALL, 0, "float16"), device, "float16")
+    texts = texts_of(SMALL, [2] * (FEW + 1), 0)
+    decoder = CachedDecoder(model)
+    decoder.start(texts, 12)
+    for id in range(3):
+        decoder.step([id] * len(texts))
+    decoder.keep(range(1, len(texts)))
+    for id in range(3, 6):
+        logits = decoder.step([id] * FEW)
+    assert decoder._graph is not None
+    check_all(logits[:2], SMALL, [[*text, *range(6)] for text in texts[1:3]], "float16")
+
+
+def test_more_texts_than_can_be_captured_go_on(monkeypatch) -> None:
+    for module in (decode, gpu_model):
+        monkeypatch.setattr(module, "MANY", 2)
+    for device in all_devices():
+        texts = texts_of(SMALL, [5, 2, 3], 0)
+        decoder = CachedDecoder(on_device(device, SMALL, "float16"))
+        decoder.start(texts, 12)
+        for id in range(3):
+            logits = decoder.step([id] * 3)
+        check_all(logits, SMALL, [[*text, 0, 1, 2] for text in texts], "float16")
+        assert decoder._graph is None
 
 
 def test_a_full_cache_is_refused() -> None:

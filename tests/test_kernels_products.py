@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from neox.gpu import ops
-from neox.gpu.device import Array, Device, dtype_named
+from neox.gpu.device import Array, CaptureError, Device, dtype_named
+from neox.gpu.model import FEW, MANY, Linear, linear
 
 STEP = 2.0**-24  # largest relative error of one rounding in float32
 Product = Callable[[Array, Array, Array], None]
@@ -99,7 +100,31 @@ def test_rows_that_are_no_whole_pieces_are_refused(product) -> None:
         product(offset, device.empty((5, 16), "float16"), y)
 
 
-@pytest.mark.parametrize("product", [ops.product_naive, ops.matvec, ops.gemm])
+def by_library(x: Array, weight: Array, out: Array) -> None:
+    out.device.matmul(x, weight, out)
+
+
+@given(devices(), TILES, TILES, st.integers(1, 300), st.sampled_from(DTYPES), SCALES, seeds)
+def test_the_product_by_a_library_is_right(device, N, outputs, inputs, dtype, scale, seed) -> None:
+    """Whatever its order of additions."""
+    check(device, by_library, *factors(N, outputs, inputs, dtype, scale, seed), 2 * 2 * inputs)
+
+
+PRODUCTS = (ops.product_naive, ops.matvec, ops.gemm, by_library)
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_long_sum_of_equal_signs_is_exact(product, dtype) -> None:
+    """As long as the 20B's longest. In float16 it would stay at 8192, in bfloat16 at 1024."""
+    for device in all_devices():
+        x = np.full((1, 24576), 2, dtype_named(dtype))
+        y = device.empty((1, 1), "float32")
+        product(device.array(x), device.array(x), y)
+        assert y.get() == 4 * 24576
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
 def test_shapes_and_dtypes_are_checked(product) -> None:
     device = all_devices()[0]
     x, w, y = device.empty((3, 16), "float16"), device.empty((5, 16), "float16"), device.empty((3, 5), "float32")
@@ -112,3 +137,20 @@ def test_shapes_and_dtypes_are_checked(product) -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             product(*arguments)
+
+
+# The choice among them.
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, FEW, FEW + 1, MANY, MANY + 1])
+def test_linear_is_right_and_can_be_captured_up_to_many_rows(rows, dtype) -> None:
+    def product(x: Array, weight: Array, out: Array) -> None:
+        linear(x, Linear(weight, None), out)
+        if rows <= MANY:
+            out.device.capture(lambda: linear(x, Linear(weight, None), out))
+        else:
+            with pytest.raises(CaptureError, match="no product by a library"):
+                out.device.capture(lambda: linear(x, Linear(weight, None), out))
+
+    check(all_devices()[0], product, *factors(rows, 24, 40, dtype, 1, 0), 2 * 2 * 40)

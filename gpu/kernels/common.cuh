@@ -11,6 +11,25 @@ __device__ __forceinline__ float warp_sum(float x) {
     return x;
 }
 
+// COUNT sums over the warp, a power of two up to 32: the i-th in the lanes that i 32/COUNT starts. At each exchange a lane
+// gives away half of its sums and goes on with the other half: COUNT + log2(32/COUNT) - 1 exchanges instead of 5 COUNT.
+// All 32 lanes must call it; x is overwritten.
+template <int COUNT> __device__ __forceinline__ float warp_sums(float (&x)[COUNT]) {
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int half = COUNT / 2, flip = 16; half > 0; half /= 2, flip /= 2) {
+#pragma unroll
+        for (int i = 0; i < half; i++) {
+            bool upper = lane & flip;
+            float given = upper ? x[i] : x[i + half];
+            x[i] = (upper ? x[i + half] : x[i]) + __shfl_xor_sync(ALL_LANES, given, flip);
+        }
+    }
+#pragma unroll
+    for (int flip = 16 / COUNT; flip > 0; flip /= 2) x[0] += __shfl_xor_sync(ALL_LANES, x[0], flip);
+    return x[0];
+}
+
 // The sum over the block, in every thread. All threads must call it; the block is 1-D, of whole warps.
 // partial: 32 floats of shared memory, which only this function touches.
 __device__ __forceinline__ float block_sum(float x, float* partial) {

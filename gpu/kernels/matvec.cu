@@ -26,7 +26,7 @@ matvec(const T* __restrict__ x, const T* __restrict__ weight, float* __restrict_
     int lane = threadIdx.x % 32, n = blockIdx.y * ROWS;
     int o = (blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * OUTPUTS;
     if (o >= O) return;
-    float sum[ROWS][OUTPUTS] = {};
+    float sum[ROWS * OUTPUTS] = {};
     for (int first = 8 * lane; first < I; first += 256 * STEPS) {
         Eight<T> w[STEPS][OUTPUTS];
 #pragma unroll
@@ -43,15 +43,13 @@ matvec(const T* __restrict__ x, const T* __restrict__ weight, float* __restrict_
 #pragma unroll
                 for (int j = 0; j < 8; j++)
 #pragma unroll
-                    for (int k = 0; k < OUTPUTS; k++) sum[r][k] += v[j] * w[step][k][j];
+                    for (int k = 0; k < OUTPUTS; k++) sum[r * OUTPUTS + k] += v[j] * w[step][k][j];
             }
         }
     }
-#pragma unroll
-    for (int r = 0; r < ROWS; r++)
-#pragma unroll
-        for (int k = 0; k < OUTPUTS; k++) {
-            float total = warp_sum(sum[r][k]);
-            if (lane == 0 && n + r < N && o + k < O) y[static_cast<long long>(n + r) * O + o + k] = total;
-        }
+    constexpr int LANES = 32 / (ROWS * OUTPUTS);  // that have the same sum
+    float total = warp_sums(sum);
+    n += lane / LANES / OUTPUTS;
+    o += lane / LANES % OUTPUTS;
+    if (lane % LANES == 0 && n < N && o < O) y[static_cast<long long>(n) * O + o] = total;
 }
