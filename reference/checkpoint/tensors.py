@@ -32,6 +32,7 @@ class TensorSpec:
     name: str
     shape: tuple[int, ...]
     sharding: Sharding
+    grain: int = 1  # entries along the cut that always stay together: those of a head
 
     @property
     def size(self) -> int:
@@ -47,10 +48,11 @@ def _layer_norm(prefix: str, width: int) -> list[TensorSpec]:
 
 
 def _linear(
-    prefix: str, outputs: int, inputs: int, sharding: Literal["column", "row"], bias: bool = True
+    prefix: str, outputs: int, inputs: int, sharding: Literal["column", "row"], grain: int = 1, bias: bool = True
 ) -> list[TensorSpec]:
-    weight = TensorSpec(f"{prefix}.weight", (outputs, inputs), sharding)
-    added = TensorSpec(f"{prefix}.bias", (outputs,), "summed" if sharding == "row" else "column")
+    weight = TensorSpec(f"{prefix}.weight", (outputs, inputs), sharding, grain)
+    summed = TensorSpec(f"{prefix}.bias", (outputs,), "summed")
+    added = summed if sharding == "row" else TensorSpec(f"{prefix}.bias", (outputs,), sharding, grain)
     return [weight, added] if bias else [weight]
 
 
@@ -59,12 +61,12 @@ def layer_prefix(index: int) -> str:
 
 
 def _layer(config: Config, prefix: str) -> list[TensorSpec]:
-    c, f, bias = config.hidden_size, config.intermediate_size, config.attention_bias
+    c, f, d, bias = config.hidden_size, config.intermediate_size, config.head_dim, config.attention_bias
     return [
         *_layer_norm(f"{prefix}.input_layernorm", c),
         *_layer_norm(f"{prefix}.post_attention_layernorm", c),
-        *_linear(f"{prefix}.attention.query_key_value", 3 * c, c, "column", bias),
-        *_linear(f"{prefix}.attention.dense", c, c, "row", bias),
+        *_linear(f"{prefix}.attention.query_key_value", 3 * c, c, "column", 3 * d, bias),
+        *_linear(f"{prefix}.attention.dense", c, c, "row", d, bias),
         *_linear(f"{prefix}.mlp.dense_h_to_4h", f, c, "column"),
         *_linear(f"{prefix}.mlp.dense_4h_to_h", c, f, "row"),
     ]
