@@ -1,1 +1,22 @@
-"""GPT-NeoX over several ranks. To read: sharding.py (who holds what), comm.py (what is exchanged), model.py (where)."""
+"""GPT-NeoX over several ranks, by tensor parallelism. Needs no MPI until ranks of MPI are asked for (mpi.py).
+
+To read: sharding.py (who holds what), comm.py (what is exchanged), model.py (where), leader.py (who decides).
+"""
+
+from neox.distributed.comm import Alone, Communicator, virtual
+from neox.distributed.decode import ShardDecoder
+from neox.distributed.leader import Leader, follow, generate
+from neox.distributed.model import Shard, forward, shard
+
+__all__ = [
+    "Alone",
+    "Communicator",
+    "Leader",
+    "Shard",
+    "ShardDecoder",
+    "follow",
+    "forward",
+    "generate",
+    "shard",
+    "virtual",
+]

@@ -9,7 +9,7 @@ Dimensions as in model.py; S is the cache's length after the step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,6 +56,15 @@ def new_cache(model: Model, batch: int, capacity: int, padding: Array | None = N
     shape = (config.num_hidden_layers, batch, config.num_attention_heads, capacity, config.head_dim)
     padding = np.zeros(batch, np.int64) if padding is None else padding
     return Cache(np.empty(shape, model.dtype), np.empty(shape, model.dtype), padding)
+
+
+def keep_rows(cache: Cache, rows: Sequence[int]) -> Cache:
+    """The cache of these texts only, ascending, in the memory of the old one."""
+    kept = list(rows)  # to NumPy a tuple would be an index into several axes
+    for part in (*cache.keys, *cache.values):  # one layer at a time, so that no second cache stands in memory
+        part[: len(kept)] = part[kept]
+    keys, values = cache.keys[:, : len(kept)], cache.values[:, : len(kept)]
+    return Cache(keys, values, cache.padding[kept], cache.length)
 
 
 def mask_between(cache: Cache, start: int, stop: int) -> Array:  # (B,1,T,S)

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from neox.reference.config import Config
-from neox.reference.decode import Cache, extend, new_cache
+from neox.reference.decode import Cache, extend, keep_rows, new_cache
 from neox.reference.errors import InputError
 from neox.reference.model import Array, Model, checked
 from neox.reference.prefill import prefill
@@ -52,6 +52,13 @@ class Decoder(Protocol):
         ...
 
 
+def padded(prompts: Sequence[Sequence[int]]) -> tuple[Array, Array]:  # (B,T), (B,)
+    """The prompts as one array, padded on the left with any id, and how long each one's padding is."""
+    width = max(map(len, prompts))
+    padding = np.array([width - len(prompt) for prompt in prompts])
+    return np.array([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts]), padding
+
+
 class CachedDecoder:
     """The reference model over the cache of decode.py."""
 
@@ -66,9 +73,7 @@ class CachedDecoder:
         return self._model.config
 
     def start(self, prompts: Sequence[Sequence[int]], capacity: int) -> Array:
-        width = max(map(len, prompts))
-        padding = np.array([width - len(prompt) for prompt in prompts])
-        ids = np.array([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts])  # padded with any id
+        ids, padding = padded(prompts)
         self._cache = new_cache(self._model, len(prompts), capacity, padding)
         return prefill(self._model, self._cache, ids, self._progress)
 
@@ -76,11 +81,7 @@ class CachedDecoder:
         return extend(self._model, self._cache, np.array(ids)[:, None])[:, 0]
 
     def keep(self, rows: Sequence[int]) -> None:
-        old = self._cache
-        for layer in (*old.keys, *old.values):  # one at a time, so that no second cache stands in memory
-            layer[: len(rows)] = layer[rows]
-        keys, values = old.keys[:, : len(rows)], old.values[:, : len(rows)]
-        self._cache = Cache(keys, values, old.padding[rows], old.length)
+        self._cache = keep_rows(self._cache, rows)
 
 
 # What is asked, and what comes back.
