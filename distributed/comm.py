@@ -21,6 +21,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from neox.reference.cores import one_blas_thread
+from neox.reference.errors import InputError
 from neox.reference.model import Array
 
 T = TypeVar("T")
@@ -56,6 +57,35 @@ def sum_in_rank_order(parts: Sequence[Array]) -> Array:
     return total
 
 
+# Agreeing.
+
+
+class AgreedError(InputError):
+    """What went wrong on some rank, known to all: they end together, and rank 0 reports it."""
+
+
+def agreed(comm: Communicator, action: Callable[[], T]) -> T:
+    """What action returns here, where it succeeds on every rank; AgreedError, on every rank, where it does not.
+
+    For what can go wrong on one rank only and takes no time, such as finding files: all wait until all have done it.
+    """
+    result: list[T] = []
+    message = ""
+    try:
+        result.append(action())
+    except (InputError, OSError) as error:
+        message = str(error) or type(error).__name__
+    messages = [each.tobytes().decode() for each in comm.gather(np.frombuffer(message.encode(), np.uint8))]
+    if not any(messages):
+        return result[0]
+    rank = next(rank for rank, each in enumerate(messages) if each)
+    everywhere = all(each == messages[rank] for each in messages)
+    raise AgreedError(messages[rank] if everywhere else f"rank {rank} of {comm.ranks}: {messages[rank]}")
+
+
+# One rank, and several in one process.
+
+
 class Alone:
     """The serial twin: one rank, to which nothing needs to be sent."""
 
@@ -70,8 +100,6 @@ class Alone:
     def broadcast(self, value: Any) -> Any:
         return value
 
-
-# Virtual ranks.
 
 PATIENCE = 60  # seconds after which a virtual rank no longer waits for one that makes other calls than the rest
 

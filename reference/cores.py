@@ -35,6 +35,12 @@ def cores() -> int:
     return _CONTROL[1]() if _CONTROL else 1
 
 
+def use_cores(count: int) -> None:
+    """From now on each product runs on this many cores."""
+    if _CONTROL is not None:
+        _CONTROL[0](count)
+
+
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
     """Within, each product runs on the core of the thread that asks for it."""

@@ -1,0 +1,70 @@
+"""A program one rank of which goes wrong, in the middle of the others' work.
+
+mpiexec -n N python failing.py HOW [RANK] [TIMEOUT]
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+
+from neox.distributed import Communicator
+from neox.distributed.comm import agreed
+from neox.distributed.launch import run_ranks
+from neox.reference.errors import InputError
+
+
+def go_wrong(how: str) -> None:
+    if how == "raise":
+        raise ZeroDivisionError("one rank divided by zero")
+    if how == "bad input":
+        raise InputError("one rank was given something bad")
+    if how in ("sys.exit(3)", "sys.exit(0)"):
+        sys.exit(int(how[9]))
+    if how in ("os._exit(3)", "os._exit(0)"):
+        os._exit(int(how[9]))
+    if how in ("SIGKILL", "SIGSEGV", "SIGTERM", "SIGSTOP"):
+        os.kill(os.getpid(), signal.Signals[how])
+    if how == "hang":
+        hang_here()
+    if how == "hang in C":  # without ever letting go of the interpreter
+        ctypes.PyDLL(None).sleep(1000)
+
+
+def hang_here() -> None:
+    time.sleep(1000)
+
+
+def still_mapped() -> list[str]:
+    """Names of shared memory of this process that could outlive it."""
+    with open("/proc/self/maps", encoding="utf-8") as file:
+        names = {line.split(maxsplit=5)[5].strip() for line in file if "/dev/shm/" in line}
+    return [name for name in names if os.path.exists(name)]
+
+
+def main(how: str, wrong: str = "1", timeout: str = "") -> None:
+    def program(comm: Communicator) -> None:
+        x = np.ones(6144, np.float32)
+        for _ in range(3):
+            x = comm.sum(x)
+        if comm.rank == 0:
+            print(f"names of shared memory: {still_mapped()}", file=sys.stderr, flush=True)
+        if how == "agreed":
+            agreed(comm, lambda: go_wrong("bad input") if comm.rank == int(wrong) else None)
+        elif comm.rank == int(wrong):
+            if how == "return":
+                return
+            go_wrong(how)
+        while how != "nothing":  # until the end comes
+            comm.sum(x)
+
+    run_ranks(None, program, timeout=float(timeout) if timeout else None)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
