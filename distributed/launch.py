@@ -39,6 +39,7 @@ THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
 
 # So that any MPI starts more ranks than there are cores, and as root in a container.
 ENVIRONMENT = {
+    "PYTHONUNBUFFERED": "",  # or Python writes the end of a line by itself, and the ranks' lines mix
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",  # Open MPI 5
