@@ -1,11 +1,13 @@
-"""GPT-NeoX over several ranks, by tensor parallelism. Needs no MPI until ranks of MPI are asked for (mpi.py).
+"""GPT-NeoX over several ranks, by tensor parallelism. Imports mpi4py only where ranks of MPI are asked for.
 
 To read: sharding.py (who holds what), comm.py (what is exchanged), model.py (where), leader.py (who decides).
 """
 
 from neox.distributed.comm import Alone, Communicator, virtual
 from neox.distributed.decode import ShardDecoder
+from neox.distributed.launch import run_ranks
 from neox.distributed.leader import Leader, follow, generate
+from neox.distributed.load import load
 from neox.distributed.model import Shard, forward, shard
 
 __all__ = [
@@ -17,6 +19,8 @@ __all__ = [
     "follow",
     "forward",
     "generate",
+    "load",
+    "run_ranks",
     "shard",
     "virtual",
 ]

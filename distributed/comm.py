@@ -48,6 +48,10 @@ class Communicator(Protocol):
         """The value that rank 0 gave; the others' are ignored."""
         ...
 
+    def alive(self) -> None:
+        """This rank makes progress: no collective, and nothing to most; to a watcher it tells that the rank lives."""
+        ...
+
 
 def sum_in_rank_order(parts: Sequence[Array]) -> Array:
     """((part 0 + part 1) + part 2) + ..., in float32 or what is wider."""
@@ -100,6 +104,9 @@ class Alone:
     def broadcast(self, value: Any) -> Any:
         return value
 
+    def alive(self) -> None:
+        pass
+
 
 PATIENCE = 60  # seconds after which a virtual rank no longer waits for one that makes other calls than the rest
 
@@ -132,6 +139,9 @@ class VirtualRank:
 
     def broadcast(self, value: Any) -> Any:
         return self._meet(value, lambda values: values[0])
+
+    def alive(self) -> None:
+        pass
 
     def _meet(self, value: Any, take: Callable[[list[Any]], T]) -> T:
         meeting = self._meeting

@@ -180,6 +180,8 @@ def _be_rank(
         pulse.settle()
         sys.exit(2)
     except BaseException as error:
+        if rank and isinstance(error, InputError):
+            time.sleep(2 * GRACE)  # rank 0 may have the same to say; it then ends this rank too
         text, code = _explain(f"rank {rank} of {size}", error)
         pulse.settle()
         _abort(text, code)
@@ -197,6 +199,8 @@ def run_ranks(
     timeout: seconds without progress after which a rank counts as hanging; None: any.
     """
     place = launched()
+    if ranks is not None and ranks < 1:
+        raise InputError(f"--tensor-parallel needs at least one rank, not {ranks}")
     if place is None and ranks is None:
         raise InputError("--tensor-parallel needs a number of ranks, or mpiexec -n N before the command")
     if place is None:

@@ -107,6 +107,9 @@ class MpiRank:
     def broadcast(self, value: Any) -> Any:
         return self._world.bcast(value)
 
+    def alive(self) -> None:
+        pass
+
     def part(self, seconds: float) -> bool:
         """Whether all other ranks also call this, within that time: the last call of all."""
         request, end = self._world.Ibarrier(), time.monotonic() + seconds

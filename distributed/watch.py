@@ -89,6 +89,9 @@ class Watched:
     def broadcast(self, value: Any) -> Any:
         return self._call(self.inner.broadcast, value)
 
+    def alive(self) -> None:
+        self.pulse.beat()
+
     def _call(self, collective: Callable[[Any], T], value: Any) -> T:
         self.pulse.wait(True)
         result = collective(value)

@@ -4,6 +4,7 @@
     python examples/generate.py --model pythia-70m --prompt "The capital of France is" --temperature 0.8 --top-p 0.95
     cat story.txt | python examples/generate.py --model path/to/folder --prompt - --stop "The end" --json
     python examples/generate.py --backend gpu --device host --prompt "Once upon a time"
+    python examples/generate.py --tensor-parallel 2 --prompt "Once upon a time"
 
 The prompt and its continuation go to stdout, everything else to stderr. With several --prompt, the texts are continued
 side by side and printed one after the other, an empty line between them. Without --model, a small model that comes with
@@ -18,10 +19,11 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -33,6 +35,9 @@ from neox.reference.errors import InputError, Parser, run
 from neox.reference.generate import CachedDecoder, Completion, Decoder, Piece, Request, gathered, stream
 from neox.reference.sampling import Sampling, new_seed
 from neox.reference.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from neox.distributed import Communicator
 
 PROMPT = "Once upon a time"
 DTYPES = {"reference": ("float32", "float64"), "gpu": ("float16", "bfloat16", "float32")}  # the default first
@@ -48,6 +53,7 @@ def parser() -> Parser:
     flags.add_argument("--max-tokens", "--max-new-tokens", "-n", type=int, default=100, metavar="N")
     _add_model(flags.add_argument_group("model"))
     _add_sampling(flags.add_argument_group("sampling"))
+    _add_ranks(flags.add_argument_group("tensor parallelism"))
     flags.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; may be repeated")
     flags.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-text token")
     flags.add_argument("--no-stream", action="store_true", help="print the text when it is complete")
@@ -87,6 +93,21 @@ def _add_sampling(flags: argparse._ArgumentGroup) -> None:
     flags.add_argument("--min-p", type=float, default=0.0, help="keep ids this fraction as likely as the likeliest")
     flags.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: what occurred is less likely")
     flags.add_argument("--seed", type=int, help="of the first prompt, one more for each next; random by default")
+
+
+def _add_ranks(flags: argparse._ArgumentGroup) -> None:
+    flags.add_argument(
+        "--tensor-parallel",
+        nargs="?",
+        type=int,
+        const=0,
+        metavar="N",
+        help="share the model among N processes; without N: those that mpiexec started",
+    )
+    flags.add_argument("--allreduce", choices=["window", "allgather"], help="how the ranks add up; the best by default")
+    flags.add_argument(
+        "--timeout", type=float, metavar="S", help="end all ranks when one makes no progress for so long"
+    )
 
 
 def overrides(pairs: Sequence[str]) -> dict[str, Any]:
@@ -140,7 +161,6 @@ def model_folder(args: argparse.Namespace) -> Path:
         return find(args.model, args.revision)
     if args.revision is not None:
         raise InputError("--revision needs a --model")
-    note("model: the small one that comes with the package; others by --model, such as pythia-70m, or a folder")
     return shipped.path()
 
 
@@ -157,17 +177,21 @@ class Backend:
 
 
 def check_backend(args: argparse.Namespace) -> None:
+    """InputError if flags do not belong together."""
     if args.dtype is not None and args.dtype not in DTYPES[args.backend]:
         raise InputError(f"--backend {args.backend} computes in {' or '.join(DTYPES[args.backend])}, not {args.dtype}")
     if args.backend == "gpu" and args.weights is not None:
         raise InputError("--weights belongs to --backend reference: on the gpu weights are always kept as --dtype")
     if args.backend != "gpu" and args.device is not None:
         raise InputError("--device belongs to --backend gpu")
+    if args.tensor_parallel is None and (args.allreduce or args.timeout) is not None:
+        raise InputError("--allreduce and --timeout belong to --tensor-parallel")
+    if args.tensor_parallel is not None and args.backend == "gpu":
+        raise InputError("--tensor-parallel belongs to --backend reference")
 
 
 def open_backend(args: argparse.Namespace, folder: Path) -> Backend:
-    """InputError if flags do not belong together, or for whatever is wrong with the model or the device."""
-    check_backend(args)
+    """InputError for whatever is wrong with the model or the device."""
     fields, dtype = overrides(args.set), args.dtype or DTYPES[args.backend][0]
     if args.backend == "gpu":
         from neox import gpu
@@ -282,21 +306,16 @@ def as_json(tokenizer: Tokenizer, prompt: str, request: Request, completion: Com
     }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parser().parse_args(argv)
-    # Weights that overflow are reported once, by an error of our own.
-    warnings.simplefilter("ignore", RuntimeWarning)
-    for output in (sys.stdout, sys.stderr):
-        if hasattr(output, "reconfigure"):
-            output.reconfigure(encoding="utf-8", errors="backslashreplace")
-
+def continue_texts(args: argparse.Namespace, open_model: Callable[[argparse.Namespace, Path], Backend]) -> None:
+    if args.model is None:
+        note("model: the small one that comes with the package; others by --model, such as pythia-70m, or a folder")
     timing = Timing()
     start = time.perf_counter()
     folder = model_folder(args)
     tokenizer = load_tokenizer(folder)
     prompts = read_prompts(args.prompt or [PROMPT])
     requests = read_requests(args, prompts, tokenizer)
-    backend = open_backend(args, folder)
+    backend = open_model(args, folder)
     if tokenizer.eos is not None and tokenizer.eos != backend.config.eos_token_id:
         note(f"the config's end-of-text id is {backend.config.eos_token_id}; the tokenizer's, {tokenizer.eos}, is used")
     timing.load = time.perf_counter() - start
@@ -321,6 +340,51 @@ def main(argv: Sequence[str] | None = None) -> None:
             line = {"model": name, **as_json(tokenizer, prompt, request, completion), "timing": rate}
             print(json.dumps(line, ensure_ascii=False))
     report(args, requests, [completion.finish_reason for completion in completions], rate)
+
+
+# Tensor parallelism.
+
+
+def on_rank(args: argparse.Namespace, comm: Communicator) -> None:
+    """Rank 0 continues the texts, with the help of all others."""
+    from neox import distributed
+
+    def load_shard(folder: Path) -> distributed.Shard:
+        fields, dtype = overrides(args.set), args.dtype or DTYPES["reference"][0]
+        return distributed.load(folder, comm, dtype=dtype, weights=args.weights or "auto", **fields)
+
+    if comm.rank:
+        for _ in distributed.follow(distributed.ShardDecoder(load_shard(model_folder(args))), comm):
+            pass
+        return
+    with ExitStack() as ends:
+
+        def open_shard(args: argparse.Namespace, folder: Path) -> Backend:
+            shard = load_shard(folder)
+
+            def decoder(requests: Sequence[Request], tokenizer: Tokenizer, read: Read) -> Decoder:
+                part = distributed.ShardDecoder(shard, read)
+                return ends.enter_context(distributed.Leader(part, comm, requests, tokenizer))
+
+            return Backend(shard.config, decoder, max)
+
+        continue_texts(args, open_shard)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    check_backend(args)
+    # Weights that overflow are reported once, by an error of our own.
+    warnings.simplefilter("ignore", RuntimeWarning)
+    for output in (sys.stdout, sys.stderr):
+        if hasattr(output, "reconfigure"):
+            output.reconfigure(encoding="utf-8", errors="backslashreplace")
+    if args.tensor_parallel is None:
+        continue_texts(args, open_backend)
+    else:
+        from neox.distributed import run_ranks
+
+        run_ranks(args.tensor_parallel or None, partial(on_rank, args), args.allreduce, args.timeout)
 
 
 if __name__ == "__main__":

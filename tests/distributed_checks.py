@@ -72,6 +72,9 @@ class Counted:
         self.counts["broadcast"] = self.counts.get("broadcast", 0) + 1
         return self.inner.broadcast(value)
 
+    def alive(self) -> None:
+        self.inner.alive()
+
 
 # The model.
 

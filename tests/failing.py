@@ -1,6 +1,6 @@
 """A program one rank of which goes wrong, in the middle of the others' work.
 
-mpiexec -n N python failing.py HOW [RANK] [TIMEOUT]
+mpiexec -n N python failing.py HOW [RANK] [TIMEOUT] [FOLDER]
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 
-from neox.distributed import Communicator
+from neox.distributed import Communicator, load
 from neox.distributed.comm import agreed
 from neox.distributed.launch import run_ranks
 from neox.reference.errors import InputError
@@ -47,13 +48,15 @@ def still_mapped() -> list[str]:
     return [name for name in names if os.path.exists(name)]
 
 
-def main(how: str, wrong: str = "1", timeout: str = "") -> None:
+def main(how: str, wrong: str = "1", timeout: str = "", folder: str = "") -> None:
     def program(comm: Communicator) -> None:
         x = np.ones(6144, np.float32)
         for _ in range(3):
             x = comm.sum(x)
         if comm.rank == 0:
             print(f"names of shared memory: {still_mapped()}", file=sys.stderr, flush=True)
+        if how == "another checkpoint":
+            load(Path(folder) / str(comm.rank), comm)
         if how == "agreed":
             agreed(comm, lambda: go_wrong("bad input") if comm.rank == int(wrong) else None)
         elif comm.rank == int(wrong):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from mpirun import Job, mpiexec, needs_mpi
+from strategies import TINY
+from test_checkpoint import random_tensors, write_single
 
 PROGRAM = Path(__file__).with_name("failing.py")
 STARTING = 3.0  # seconds that starting three ranks may take on a busy machine; it is 0.5 on an idle one
@@ -45,6 +47,17 @@ def test_all_ranks_end_and_one_line_says_why(how: str):
     assert lines_of_errors(job) == [said], job.stderr
     assert job.status != 0
     assert status in (None, job.status)
+    assert job.seconds < STARTING + ENDING
+    assert_nothing_left(job)
+
+
+@needs_mpi
+def test_a_rank_that_sees_another_checkpoint_ends_all(tmp_path: Path):
+    for rank in range(3):
+        write_single(tmp_path / str(rank), TINY, random_tensors(TINY, seed=int(rank == 1)))
+    job = mpiexec(3, PROGRAM, "another checkpoint", "1", "", str(tmp_path))
+    assert lines_of_errors(job) == ["error: rank 1 of 3 sees another checkpoint, or config, than rank 0"]
+    assert job.status == 2
     assert job.seconds < STARTING + ENDING
     assert_nothing_left(job)
 

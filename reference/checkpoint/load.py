@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from tqdm import tqdm
 
 from neox.reference.checkpoint.hub import find
 from neox.reference.checkpoint.opening import open_checkpoint
-from neox.reference.checkpoint.stored import Stored, numpy_dtype, size_of
+from neox.reference.checkpoint.stored import Index, Stored, numpy_dtype, size_of
 from neox.reference.checkpoint.tensors import TensorSpec, build_params
+from neox.reference.config import Config
 from neox.reference.errors import InputError
 from neox.reference.model import Array, Model
 from neox.reference.project import widen
@@ -84,17 +86,58 @@ def _convert(array: Array, compute: np.dtype) -> Array:
     return converted
 
 
-def _reader(tensors: Mapping[str, Stored], compute: np.dtype, upcast: bool) -> Callable[[TensorSpec], Array]:
-    def read(spec: TensorSpec) -> Array:
-        array = tensors[spec.name].read()
+Read = Callable[[TensorSpec, Index | None], Array]  # a part of a tensor, or all of it
+
+
+def reader(tensors: Mapping[str, Stored], compute: np.dtype, upcast: bool) -> Read:
+    """How tensors are read for a model that computes in this dtype: as `load` says of its weights."""
+
+    def read(spec: TensorSpec, part: Index | None) -> Array:
+        stored = tensors[spec.name]
+        array = stored.read() if part is None else stored.part(part)
         if not is_finite(array):
-            raise InputError(f"{tensors[spec.name].path}: {spec.name} holds values that are not finite")
+            raise InputError(f"{stored.path}: {spec.name} holds values that are not finite")
         if array.dtype != compute and (upcast or array.ndim == 1):  # vectors are small, and nothing widens them later
             return _convert(array, compute)
         # Some writers align nothing, and then every product would make a copy of its own.
         return np.require(array, requirements="A")
 
     return read
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint of which nothing but headers was read."""
+
+    config: Config
+    tensors: Mapping[str, Stored]
+    dtype: np.dtype  # to compute in
+
+    @property
+    def size(self) -> int:
+        """How many numbers it holds."""
+        return sum(map(size_of, self.tensors.values()))
+
+
+def open_model(
+    path: str | Path,
+    dtype: str | np.dtype | type[np.floating] = "float32",
+    revision: str | None = None,
+    layer_norms: str = "mean",
+    rank: int = 0,
+    ranks: int = 1,
+    **overrides: Any,
+) -> Opened:
+    """Arguments and InputError as those of `load`; rank of ranks: for which one norms are kept apart."""
+    compute = _compute_dtype(dtype)
+    checkpoint = open_checkpoint(find(path, revision), overrides, layer_norms, rank, ranks)
+    return Opened(checkpoint.config, checkpoint.tensors, compute)
+
+
+def converts(opened: Opened, weights: str) -> bool:
+    """Whether `weights` means here that all are converted when they are read."""
+    _one_of("weights", weights, WEIGHTS)
+    return (_choose(opened.tensors, opened.dtype) if weights == "auto" else weights) == "upcast"
 
 
 def load(
@@ -113,18 +156,14 @@ def load(
     "mean" or "fold" (checkpoint/neox.py). overrides replace fields of the config, such as hidden_act="gelu_fast".
     InputError for everything that can be wrong with the files.
     """
-    compute = _compute_dtype(dtype)
     _one_of("weights", weights, WEIGHTS)
-    checkpoint = open_checkpoint(find(path, revision), overrides, layer_norms)
-    config, tensors = checkpoint.config, checkpoint.tensors
-    choice = _choose(tensors, compute) if weights == "auto" else weights
-    read = _reader(tensors, compute, upcast=choice == "upcast")
-    total = sum(map(size_of, tensors.values()))
-    with tqdm(total=total, desc="loading", unit="weights", unit_scale=True, disable=None, leave=False) as bar:
+    opened = open_model(path, dtype, revision, layer_norms, **overrides)
+    read = reader(opened.tensors, opened.dtype, converts(opened, weights))
+    with tqdm(total=opened.size, desc="loading", unit="weights", unit_scale=True, disable=None, leave=False) as bar:
 
         def read_and_count(spec: TensorSpec) -> Array:
-            array = read(spec)
+            array = read(spec, None)
             bar.update(array.size)
             return array
 
-        return Model(config, build_params(config, read_and_count), compute)
+        return Model(opened.config, build_params(opened.config, read_and_count), opened.dtype)
