@@ -12,6 +12,8 @@ from mpirun import mpiexec, needs_mpi
 from numpy.typing import NDArray
 
 from neox.distributed import virtual
+from neox.distributed.comm import sum_in_rank_order
+from neox.distributed.mpi import PIECE, _in_pieces, _known, adds_up
 
 PROGRAM = Path(__file__).with_name("battery.py")
 
@@ -37,3 +39,44 @@ def test_ranks_of_mpi_are_virtual_ranks_to_the_bit(ranks: int, way: str | None, 
                 assert file[name].dtype == np.float32
                 assert np.array_equal(file[name], array), f"rank {rank}: {name}"
     assert not job.left
+
+
+# How ranks add up.
+
+
+class InSomeOrder:
+    """Adds up what every rank has as a library might: in a tree, from the last rank on, or in half precision."""
+
+    def __init__(self, how: str, ranks: int) -> None:
+        self.how, self.ranks = how, ranks
+
+    def sum(self, part: NDArray) -> NDArray:
+        parts = [_known(rank, part.size) for rank in range(self.ranks)]
+        if self.how == "tree":
+            while len(parts) > 1:
+                parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
+            return parts[0]
+        if self.how == "half":
+            parts = [each.astype(np.float16) for each in parts]
+        return sum_in_rank_order(parts[::-1] if self.how == "backwards" else parts)
+
+
+@pytest.mark.parametrize(("how", "right"), [("in order", True), ("tree", False), ("backwards", False), ("half", False)])
+def test_a_way_that_adds_up_in_another_order_is_not_taken(how: str, right: bool):
+    with np.errstate(over="ignore"):
+        assert adds_up(InSomeOrder(how, 4), 0, 4) is right
+
+
+@pytest.mark.parametrize("size", [1, PIECE // 4 - 1, PIECE // 4, PIECE // 4 + 1, 3 * PIECE // 4])
+def test_a_long_array_goes_in_pieces(size: int):
+    pieces: list[int] = []
+
+    def twice(piece: NDArray) -> NDArray:
+        pieces.append(piece.nbytes)
+        return piece + piece
+
+    array = np.random.default_rng(0).standard_normal((size, 1), np.float32)
+    assert np.array_equal(_in_pieces(array, twice), 2 * array)
+    assert sum(pieces) == array.nbytes
+    assert max(pieces) <= PIECE
+    assert len(pieces) == -(-array.nbytes // PIECE)
