@@ -68,7 +68,9 @@ def load(
     def open_here() -> tuple[Opened, int]:
         opened = open_model(path, dtype, revision, layer_norms, comm.rank, comm.ranks, **overrides)
         check_ranks(opened.config, comm.ranks)
-        return opened, fingerprint(opened)
+        # Norms that are kept apart differ from rank to rank; merged, they do not.
+        alike = open_model(path, dtype, revision, **overrides) if layer_norms == "per_rank" else opened
+        return opened, fingerprint(alike)
 
     opened, own = agreed(comm, open_here)
     _check_same(comm, own)

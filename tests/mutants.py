@@ -8,6 +8,7 @@ silently testing nothing.
 from __future__ import annotations
 
 import inspect
+import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ class Mutant:
         # Annotations stay text, as in the module; globals are the module's own, so that later patches reach them.
         code = compile("from __future__ import annotations\n" + self.source(), f"<{self.name}>", "exec")
         local: dict[str, Callable] = {}
-        exec(code, inspect.unwrap(getattr(self.module, self.function)).__globals__, local)
+        exec(code, vars(sys.modules[inspect.unwrap(getattr(self.module, self.function)).__module__]), local)
         return local[self.function]
 
 
