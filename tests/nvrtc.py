@@ -19,6 +19,7 @@ class Usage:
     registers: int  # of each thread
     spilled_bytes: int  # registers that did not fit, kept in memory
     shared_bytes: int  # static, of each block
+    stack_bytes: int  # arrays of each thread that the compiler could not keep in registers
 
 
 def require_nvrtc() -> None:
@@ -57,10 +58,11 @@ def usage(source: Source, arch: str) -> dict[str, Usage]:
     names = {value: name for name, value in mangled.items()}
     found = {}
     for part in log.split("Compiling entry function '")[1:]:
-        numbers = [re.search(pattern, part) for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill stores")]
+        patterns = r"Used (\d+) registers", r"(\d+) bytes spill stores", r"(\d+) bytes stack frame"
+        numbers = [re.search(pattern, part) for pattern in patterns]
         shared = re.search(r"(\d+) bytes smem", part)
-        registers, spilled = (int(n[1]) for n in numbers if n)
-        found[names[part.split("'")[0]]] = Usage(registers, spilled, int(shared[1]) if shared else 0)
+        registers, spilled, stack = (int(n[1]) for n in numbers if n)
+        found[names[part.split("'")[0]]] = Usage(registers, spilled, int(shared[1]) if shared else 0, stack)
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import ctypes
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from mutants import mutant
 from numpy.typing import NDArray
 
 from neox.gpu import cublas
+from neox.gpu import device as device_module
 from neox.gpu.device import dtype_named
 from neox.reference.errors import InputError
 
@@ -100,6 +102,41 @@ def test_another_question_is_noticed(monkeypatch, function, right, wrong) -> Non
     monkeypatch.setattr(cublas, function, changed.build())
     with pytest.raises(AssertionError):
         check_product(3, 5, 7, "float16", 0)
+
+
+class Stream:
+    inside = False
+
+    def __enter__(self) -> None:
+        self.inside = True
+
+    def __exit__(self, *_: object) -> None:
+        self.inside = False
+
+
+def test_the_seam_asks_in_its_stream_and_opens_one_handle(monkeypatch) -> None:
+    x, weight, out = np.ones((3, 8), np.float16), np.ones((5, 8), np.float16), np.zeros((3, 5), np.float32)
+    stream, opened = Stream(), []
+
+    class Watched(Library):
+        def create(self) -> int:
+            opened.append(self)
+            return super().create()
+
+        def gemmEx(self, *passed: int) -> None:
+            assert stream.inside
+            super().gemmEx(*passed)
+
+    cupy = SimpleNamespace(cuda=SimpleNamespace(Stream=lambda **_: stream))
+    monkeypatch.setattr(device_module, "_import_cupy", lambda: cupy)
+    monkeypatch.setattr(cublas, "import_cublas", lambda: Watched(x, weight, out))
+    device = device_module.CudaDevice()
+    arrays = [device_module.Array(device, a, a.ctypes.data, a.shape, a.dtype) for a in (x, weight, out)]
+    for _ in range(2):
+        out[:] = 0
+        device.matmul(*arrays)
+        assert (out == 8).all()
+    assert len(opened) == 1
 
 
 def test_a_missing_library_is_told_in_one_line(monkeypatch) -> None:

@@ -301,11 +301,11 @@ MUTANTS = [
     *mutants(
         "common.cuh",
         check_matvec,
-        ("half > 0; half /= 2", "half > 1; half /= 2"),
-        ("upper ? x[i] : x[i + half]", "x[i + half]"),
-        ("(upper ? x[i + half] : x[i]) +", "x[i] +"),
-        ("upper = lane & flip", "upper = lane & half"),
-        ("flip = 16 / COUNT", "flip = 8 / COUNT"),
+        ("half = COUNT * flip / 32", "half = COUNT * flip / 64"),
+        ("if (half == 0) x[0] +=", "x[0] +="),
+        ("if (half == 0) x[0] +=", "if (half == 0) x[0] ="),
+        ("(lane & flip ? b : a)", "a"),
+        ("lane & flip ? a : b", "b"),
     ),
     *mutants(
         "gemm.cu",

@@ -17,16 +17,16 @@ __device__ __forceinline__ float warp_sum(float x) {
 template <int COUNT> __device__ __forceinline__ float warp_sums(float (&x)[COUNT]) {
     int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int half = COUNT / 2, flip = 16; half > 0; half /= 2, flip /= 2) {
+    for (int flip = 16; flip > 0; flip /= 2) {
+        const int half = COUNT * flip / 32;
+        if (half == 0) x[0] += __shfl_xor_sync(ALL_LANES, x[0], flip);
 #pragma unroll
-        for (int i = 0; i < half; i++) {
-            bool upper = lane & flip;
-            float given = upper ? x[i] : x[i + half];
-            x[i] = (upper ? x[i + half] : x[i]) + __shfl_xor_sync(ALL_LANES, given, flip);
+        for (int i = 0; i < COUNT / 2; i++) {  // a constant, or the loop is not unrolled and x leaves the registers
+            if (i >= half) break;
+            float a = x[i], b = x[i + half];
+            x[i] = (lane & flip ? b : a) + __shfl_xor_sync(ALL_LANES, lane & flip ? a : b, flip);
         }
     }
-#pragma unroll
-    for (int flip = 16 / COUNT; flip > 0; flip /= 2) x[0] += __shfl_xor_sync(ALL_LANES, x[0], flip);
     return x[0];
 }
 
