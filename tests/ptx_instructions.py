@@ -96,9 +96,14 @@ def insert_bits(m: Machine, i: Instruction) -> None:
 
 
 def compare(m: Machine, i: Instruction) -> None:
-    only(i, "ftz", *RELATIONS)
+    """Of a NaN nothing holds, not even that it differs; a relation that ends in u holds as well if one is NaN."""
+    relation, unordered = i.modifiers[0], i.modifiers[0].removesuffix("u")
+    only(i, "ftz", relation)
     a, b = m.read(i.operands[1], i.kind), m.read(i.operands[2], i.kind)
-    m.write(i.operands[0], RELATIONS[i.modifiers[0]](a, b))
+    if unordered not in RELATIONS:
+        raise NotImplementedError(f"PTX: {i}")
+    holds, nan = RELATIONS[unordered](a, b), np.isnan(a) | np.isnan(b)
+    m.write(i.operands[0], holds | nan if relation != unordered else holds & ~nan)
 
 
 def select(m: Machine, i: Instruction) -> None:
@@ -144,7 +149,7 @@ def load(m: Machine, i: Instruction) -> None:
         value = np.zeros(m.threads, dtype)
         part = loaded[:, k * dtype.itemsize : (k + 1) * dtype.itemsize]
         value[m.active] = np.ascontiguousarray(part).view(dtype)[:, 0]
-        m.write(register, value)
+        m.write(register, value.astype(np.uint16) if dtype.itemsize == 1 else value)  # no register is narrower
 
 
 def store(m: Machine, i: Instruction) -> None:
@@ -255,7 +260,8 @@ OPERATIONS: dict[str, Callable[[Machine, Instruction], None]] = {
     "ld": load,
     "ldmatrix": load_matrix,
     "mad": elementwise(lambda a, b, c: a * b + c),
-    "min": elementwise(np.minimum),
+    "max": elementwise(np.fmax),
+    "min": elementwise(np.fmin),
     "mma": multiply_matrices,
     "mov": move,
     "mul": multiply,
@@ -263,6 +269,7 @@ OPERATIONS: dict[str, Callable[[Machine, Instruction], None]] = {
     "not": elementwise(np.invert),
     "or": elementwise(np.bitwise_or),
     "rcp": elementwise(np.reciprocal),
+    "rem": elementwise(np.fmod),
     "ret": leave,
     "selp": select,
     "setp": compare,

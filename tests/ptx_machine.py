@@ -24,6 +24,7 @@ from neox.gpu.host.memory import HostMemory
 
 TYPES = {
     "pred": np.bool_, "f16": np.float16, "bf16": bfloat16, "f32": np.float32,
+    "u8": np.uint8,
     "b16": np.uint16, "u16": np.uint16, "s16": np.int16,
     "b32": np.uint32, "u32": np.uint32, "s32": np.int32,
     "b64": np.uint64, "u64": np.uint64, "s64": np.int64,
