@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from neox.distributed.comm import AgreedError, Communicator
-from neox.distributed.mpi import MpiRank, import_mpi, join, ranks_here
+from neox.distributed.mpi import MpiRank, import_mpi, join, open_world, ranks_here
 from neox.distributed.watch import GRACE, Pulse, Watched, divide, end_with_parent
 from neox.reference.cores import cores, use_cores
 from neox.reference.errors import InputError
@@ -115,10 +115,10 @@ def _share_cores(world: MPI.Intracomm) -> None:
 
 def _join(place: tuple[int, int], wanted: int | None, allreduce: str | None) -> MpiRank:
     rank, size = place
-    world = import_mpi().COMM_WORLD
+    world = open_world()
     _check_world(size, wanted, world.size)
     _share_cores(world)
-    member, way = join(allreduce)
+    member, way = join(world, allreduce)
     if rank == 0:
         print(f"tensor parallelism: {size} ranks, which add up by {way}", file=sys.stderr)
     return member

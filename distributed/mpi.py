@@ -17,6 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -178,8 +179,8 @@ def import_mpi() -> Any:
     return MPI
 
 
-def forget_segments() -> None:
-    """Remove the names of MPICH's shared memory, which all ranks have mapped by now.
+def _forget_segments() -> None:
+    """Remove the names of MPICH's shared memory, which the ranks have mapped by now.
 
     The memory stays until the last rank ends. MPICH itself removes the names in MPI_Finalize, which a job that is
     aborted or killed never reaches: some megabytes would be lost for good each time.
@@ -189,16 +190,19 @@ def forget_segments() -> None:
     with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
         names = {line.split(maxsplit=5)[5].strip() for line in file if "/dev/shm/mpich_shm_" in line}
     for name in names:
-        try:
+        with suppress(FileNotFoundError):  # another rank was first
             os.unlink(name)
-        except FileNotFoundError:
-            continue  # another rank was first
 
 
-def join(wanted: str | None = None) -> tuple[MpiRank, str]:
-    """This process as one of the ranks that mpiexec started, and the way they add up; called on all of them."""
-    world = import_mpi().COMM_WORLD.Dup()
+def open_world() -> MPI.Intracomm:
+    """All ranks that mpiexec started; called on all of them, before anything can go wrong on one."""
+    world: MPI.Intracomm = import_mpi().COMM_WORLD.Dup()
+    world.Barrier()  # all have mapped their memory
+    _forget_segments()
+    return world
+
+
+def join(world: MPI.Intracomm, wanted: str | None = None) -> tuple[MpiRank, str]:
+    """This process as one of the ranks, and the way they add up; called on all of them."""
     name, summation = choose(world, wanted)
-    world.Barrier()  # all have mapped everything
-    forget_segments()
     return MpiRank(world, summation), name

@@ -10,6 +10,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,15 +22,17 @@ from neox.reference.errors import InputError
 MARK = "NEOX_TEST_JOB"  # an environment variable by which the processes of a job are found
 
 
-def _missing() -> str:
+def _missing(library: str = "") -> str:
+    """Why tests that need MPI, or one of its libraries, cannot run."""
     try:
-        find_mpiexec()
+        version = subprocess.run([find_mpiexec(), "--version"], capture_output=True, text=True, check=False).stdout
     except InputError as error:
         return str(error)
-    return ""
+    return "" if library in version else f"MPI is here, but not that of {library}"
 
 
-needs_mpi = pytest.mark.skipif(bool(_missing()), reason=_missing() or "MPI is here")
+needs_mpi = pytest.mark.skipif(bool(_missing()), reason=_missing())
+needs_mpich = pytest.mark.skipif(bool(_missing("HYDRA")), reason=_missing("HYDRA"))
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Job:
     stderr: str
     seconds: float
     left: list[str]  # processes of the job that outlived it
+    leaked: set[str]  # names of shared memory that it made and that no process uses
 
 
 def processes(mark: str) -> list[str]:
@@ -61,9 +65,24 @@ def _left(mark: str, patience: float = 1.0) -> list[str]:
     return left
 
 
+def shared_memory() -> set[str]:
+    """Names of the shared memory on this machine."""
+    folder = Path("/dev/shm")
+    return {str(path) for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def unused(names: set[str]) -> set[str]:
+    """Those that no process has mapped: what is left of a job, unlike what another one is just using."""
+    mapped = ""
+    for maps in Path("/proc").glob("[0-9]*/maps") if names else []:
+        with suppress(OSError):  # it has ended, or is another user's
+            mapped += maps.read_text(encoding="utf-8", errors="replace")
+    return {name for name in names if name not in mapped and Path(name).exists()}
+
+
 def run(command: Sequence[str], timeout: float = 60, env: Mapping[str, str] | None = None, stdin: bytes = b"") -> Job:
     """A command in a process group of its own, which is ended after `timeout` seconds."""
-    mark, start = uuid.uuid4().hex, time.monotonic()
+    mark, start, names = uuid.uuid4().hex, time.monotonic(), shared_memory()
     # One thread of BLAS: sums within a product are then those of virtual ranks, to the bit.
     own = {**os.environ, **ENVIRONMENT, "OPENBLAS_NUM_THREADS": "1", MARK: mark, **(env or {})}
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, tempfile.TemporaryFile() as given:
@@ -79,7 +98,7 @@ def run(command: Sequence[str], timeout: float = 60, env: Mapping[str, str] | No
         left = _left(mark)
         out.seek(0)
         err.seek(0)
-        return Job(status, out.read().decode(), err.read().decode(), seconds, left)
+        return Job(status, out.read().decode(), err.read().decode(), seconds, left, unused(shared_memory() - names))
 
 
 def mpiexec(ranks: int, program: Path, *arguments: str, **options: object) -> Job:
