@@ -19,7 +19,7 @@ from neox.distributed.sharding import check_ranks, slices
 from neox.reference.checkpoint.hub import find
 from neox.reference.checkpoint.load import Opened, converts, open_model, reader
 from neox.reference.checkpoint.stored import Stored
-from neox.reference.checkpoint.tensors import TensorSpec
+from neox.reference.checkpoint.tensors import TensorSpec, tensor_table
 from neox.reference.model import Array
 
 
@@ -32,10 +32,16 @@ def _ends(stored: Stored) -> bytes:
     return b"".join(np.ascontiguousarray(row).tobytes() for row in ends)
 
 
-def fingerprint(opened: Opened) -> int:
-    """Tells checkpoints of one model apart, such as two of its revisions, by a few numbers of every tensor."""
+def fingerprint(opened: Opened, of_one_rank: bool) -> int:
+    """Tells checkpoints of one model apart, such as two of its revisions, by a few numbers of every tensor.
+
+    of_one_rank: what is replicated is left out, since every rank has its own.
+    """
+    table = tensor_table(opened.config)
     total = zlib.crc32(repr((opened.config, opened.dtype)).encode())
     for name, stored in sorted(opened.tensors.items()):
+        if of_one_rank and table[name].sharding == "replicated":
+            continue
         total = zlib.crc32(repr((name, stored.dtype, stored.shape)).encode(), total)
         total = zlib.crc32(_ends(stored), total)
     return total
@@ -60,6 +66,7 @@ def load(
 ) -> Shard:
     """This rank's part of a model; called on every rank, with the arguments of reference.load.
 
+    layer_norms may also be "per_rank": each rank keeps its own, of a checkpoint that as many ranks have trained.
     A rank's memory holds its slices only, and those that stay as they are stored not even that: they are mapped.
     InputError as reference.load; AgreedError if what is wrong shows in files' headers, or ranks see different files.
     """
@@ -68,9 +75,7 @@ def load(
     def open_here() -> tuple[Opened, int]:
         opened = open_model(path, dtype, revision, layer_norms, comm.rank, comm.ranks, **overrides)
         check_ranks(opened.config, comm.ranks)
-        # Norms that are kept apart differ from rank to rank; merged, they do not.
-        alike = open_model(path, dtype, revision, **overrides) if layer_norms == "per_rank" else opened
-        return opened, fingerprint(alike)
+        return opened, fingerprint(opened, layer_norms == "per_rank")
 
     opened, own = agreed(comm, open_here)
     _check_same(comm, own)

@@ -21,14 +21,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from neox.reference.checkpoint.tensors import TensorSpec
+from neox.reference.checkpoint.tensors import AXES, TensorSpec
 from neox.reference.config import Config
 from neox.reference.errors import InputError
 from neox.reference.model import Array
 
 TILE = 64  # neurons of the MLP that stay together where every rank gets some: kernels read weights in such tiles
-
-AXES = {"vocabulary": 0, "column": 0, "row": 1}  # along which a tensor is cut
 
 
 def check_ranks(config: Config, ranks: int) -> None:
@@ -53,11 +51,14 @@ def share(count: int, rank: int, ranks: int) -> slice:
 
 
 def grain(spec: TensorSpec, ranks: int) -> int:
-    """How many entries along the cut make one piece."""
+    """How many entries along the cut make one piece.
+
+    Shares that can be equal are: a checkpoint that as many ranks have trained was cut so.
+    """
     if spec.sharding == "vocabulary" or spec.grain > 1:
         return spec.grain
     neurons = spec.shape[AXES[spec.sharding]]
-    tile = math.gcd(neurons, TILE)
+    tile = math.gcd(neurons if neurons % ranks else neurons // ranks, TILE)
     return tile if neurons // tile >= ranks else 1
 
 

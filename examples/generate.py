@@ -78,6 +78,12 @@ def _add_model(flags: argparse._ArgumentGroup) -> None:
         "auto, the default: what memory allows",
     )
     flags.add_argument(
+        "--layer-norms",
+        choices=["mean", "fold", "per_rank"],
+        help="of a checkpoint of gpt-neox, each rank of which has its own: averaged, the default; folded into the "
+        "weights, exactly; or kept, by as many ranks",
+    )
+    flags.add_argument(
         "--set",
         action="append",
         default=[],
@@ -182,6 +188,8 @@ def check_backend(args: argparse.Namespace) -> None:
         raise InputError(f"--backend {args.backend} computes in {' or '.join(DTYPES[args.backend])}, not {args.dtype}")
     if args.backend == "gpu" and args.weights is not None:
         raise InputError("--weights belongs to --backend reference: on the gpu weights are always kept as --dtype")
+    if args.backend == "gpu" and args.layer_norms is not None:
+        raise InputError("--layer-norms belongs to --backend reference; convert.py writes a checkpoint merged so")
     if args.backend != "gpu" and args.device is not None:
         raise InputError("--device belongs to --backend gpu")
     if args.tensor_parallel is None and (args.allreduce or args.timeout) is not None:
@@ -198,7 +206,7 @@ def open_backend(args: argparse.Namespace, folder: Path) -> Backend:
 
         on_device = gpu.load(folder, dtype=dtype, device=args.device or "cuda", **fields)
         return Backend(on_device.config, partial(gpu.decoder_for, on_device), sum)
-    model = load(folder, dtype=dtype, weights=args.weights or "auto", **fields)
+    model = load(folder, dtype=dtype, weights=args.weights or "auto", layer_norms=args.layer_norms or "mean", **fields)
     # Shorter prompts are padded: all are read side by side.
     return Backend(model.config, lambda requests, tokenizer, read: CachedDecoder(model, read), max)
 
@@ -351,7 +359,8 @@ def on_rank(args: argparse.Namespace, comm: Communicator) -> None:
 
     def load_shard(folder: Path) -> distributed.Shard:
         fields, dtype = overrides(args.set), args.dtype or DTYPES["reference"][0]
-        return distributed.load(folder, comm, dtype=dtype, weights=args.weights or "auto", **fields)
+        how = {"dtype": dtype, "weights": args.weights or "auto", "layer_norms": args.layer_norms or "mean"}
+        return distributed.load(folder, comm, **how, **fields)
 
     if comm.rank:
         for _ in distributed.follow(distributed.ShardDecoder(load_shard(model_folder(args))), comm):

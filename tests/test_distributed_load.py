@@ -15,9 +15,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from closeness import assert_close
 from distributed_checks import CONFIGS
 from strategies import TINY, arrays_of, draw_ids
 from test_checkpoint import Tensors, random_tensors, write_sharded, write_single
+from test_neox_checkpoint import IDS, SMALL, drifted, numbers_of, unmerged, written
 
 from neox.distributed import Communicator, Shard, forward, load, shard, virtual
 from neox.distributed.comm import AgreedError
@@ -215,3 +217,47 @@ def test_a_number_that_is_not_finite_is_found_by_the_rank_that_reads_it(tmp_path
         return ""
 
     assert [bool(said) for said in virtual(3, program)] == [False, False, True]
+
+
+# Checkpoints of gpt-neox, whose ranks each have norms of their own.
+
+
+def neox_checkpoint(folder: Path, seed: int = 0) -> tuple[Path, list[dict[str, np.ndarray]]]:
+    """Of two ranks, whose norms differ; and what each rank holds, in float64."""
+    written(folder, SMALL, numbers_of(seed=seed), 2)
+    return folder, drifted(folder)
+
+
+def test_norms_of_each_rank_are_kept_where_as_many_ranks_trained_the_model(tmp_path: Path):
+    """136 neurons: 17 tiles of 8, and yet each rank must get the 68 that it had in the training."""
+    folder, held = neox_checkpoint(tmp_path / "neox")
+    exact = unmerged(held, SMALL, IDS)
+
+    def program(comm: Communicator) -> np.ndarray:
+        return forward(load(folder, comm, dtype="float64", layer_norms="per_rank"), IDS)
+
+    for logits in virtual(2, program):
+        assert_close(logits, exact, 1e-12)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("norms", ["mean", "fold"])
+def test_any_number_of_ranks_reads_what_others_have_written(ranks: int, norms: str, tmp_path: Path):
+    folder, _ = neox_checkpoint(tmp_path / "neox")
+    whole = load_whole(folder, layer_norms=norms)
+    for part in loaded(ranks, folder, layer_norms=norms):
+        pairs = zip(arrays_held(part), arrays_held(shard(whole, part.comm)), strict=True)
+        assert all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in pairs)
+
+
+def test_norms_cannot_be_kept_apart_on_other_numbers_of_ranks(tmp_path: Path):
+    folder, _ = neox_checkpoint(tmp_path / "neox")
+    (said, *_) = raised_on_each(4, folder, layer_norms="per_rank")
+    assert "trained on 2 ranks: their norms cannot be kept apart on 4" in said
+
+
+def test_ranks_whose_norms_differ_still_must_see_one_checkpoint(tmp_path: Path):
+    a, _ = neox_checkpoint(tmp_path / "a")
+    b, _ = neox_checkpoint(tmp_path / "b", seed=1)
+    said = raised_on_each(2, a, b, layer_norms="per_rank")
+    assert said == ["rank 1 of 2 sees another checkpoint, or config, than rank 0"] * 2

@@ -87,10 +87,19 @@ def test_of_the_20b_every_rank_gets_whole_tiles_and_nearly_the_same(ranks: int):
     assert max(sizes) - min(sizes) in (0, TILE)
 
 
+@given(drawn=configs_and_ranks(), times=st.integers(1, 90))
+def test_shares_that_can_be_equal_are(drawn: tuple[Config, int], times: int):
+    """As gpt-neox cuts, whose ranks each have norms of their own for just these heads and neurons."""
+    config, ranks = drawn
+    config = replace(config, intermediate_size=times * ranks, vocab_size=times * ranks)
+    for spec in tensor_table(config).values():
+        sizes = {np.empty(spec.shape)[slices(spec, rank, ranks)].shape for rank in range(ranks)}
+        assert len(sizes) == 1 or (spec.grain > 1 and config.num_attention_heads % ranks)
+
+
 def test_tiles_are_given_up_where_a_rank_would_get_none():
     spec = TensorSpec("mlp", (2 * TILE, 5), "column")
-    assert grain(spec, 2) == TILE
-    assert grain(spec, 3) == 1
+    assert (grain(spec, 2), grain(spec, 3), grain(spec, 4)) == (TILE, 1, TILE // 2)
     assert [slices(spec, rank, 3)[0] for rank in range(3)] == [slice(0, 43), slice(43, 86), slice(86, 128)]
 
 
