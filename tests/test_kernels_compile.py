@@ -60,3 +60,11 @@ def test_what_nvrtc_lacks_is_refused(tmp_path: Path) -> None:
     (tmp_path / "k.cu").write_text('extern "C" __global__ void k(float* x) { *x = INFINITY; }')
     with pytest.raises(Exception, match="INFINITY"):
         compiled(Source("k.cu", ("k",), tmp_path), "90")
+
+
+def test_the_table_of_the_readme_is_what_is_compiled() -> None:
+    import kernel_table
+
+    if not kernel_table.PAGE.is_file():
+        pytest.skip("there is no gpu/ beside tests/")
+    assert kernel_table.shown() == kernel_table.table(), "python tests/kernel_table.py writes it anew"
