@@ -17,7 +17,7 @@ from neox.distributed.launch import run_ranks
 from neox.reference.config import Config
 
 STEPS = 30
-MODELS = 3
+MODELS = 2
 
 
 def drawn(generator: np.random.Generator) -> Config:

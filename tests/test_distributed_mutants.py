@@ -14,7 +14,7 @@ MODULES = (sharding, comm, model, decode, candidates, leader)
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
-def mutant(name: str, check: str, module: ModuleType, function: str, *edits: tuple[str, str]) -> Mutant:
+def mutant(name: str, check: str, module: ModuleType | type, function: str, *edits: tuple[str, str]) -> Mutant:
     return Mutant(name, check, module, function, edits)
 
 
@@ -106,8 +106,8 @@ COMM = (
     mutant(
         "sum in arrival order",
         "sums_are_in_rank_order",
-        comm,
-        "VirtualRank",
+        comm.VirtualRank,
+        "_meet",
         ("meeting.values[self.rank] = value", "meeting.values[meeting.barrier.n_waiting] = value"),
     ),
     mutant(
@@ -131,22 +131,22 @@ DECODING = (
     mutant(
         "sampling per rank",
         "texts_equal_those_of_one_rank",
-        leader,
-        "Performer",
+        leader.Performer,
+        "perform",
         ("self._decoder.step(order.ids)", "self._decoder.step(self._logits.argmax(-1) + self._held.start)"),
     ),
     mutant(
         "texts that ended are kept",
         "texts_equal_those_of_one_rank",
-        leader,
-        "Performer",
+        leader.Performer,
+        "_keep",
         ("self._decoder.keep(rows)", "None"),
     ),
     mutant(
         "samplings of other texts",
         "texts_equal_those_of_one_rank",
-        leader,
-        "Performer",
+        leader.Performer,
+        "_keep",
         ("self.selection and self.selection.keep(rows)", "self.selection"),
     ),
     mutant(
@@ -187,9 +187,9 @@ DECODING = (
     mutant(
         "a gather too many",
         "a_token_takes_l_and_two_collectives",
-        leader,
-        "Performer",
-        ("if self.selection is None", "self._comm.gather(self._logits)\n        if self.selection is None"),
+        leader.Performer,
+        "perform",
+        ("if self.selection is None", "self._comm.gather(self._logits)\n    if self.selection is None"),
     ),
 )
 
@@ -260,6 +260,7 @@ MUTANTS = MODEL + COMM + DECODING + SENT
 def install(mutant: Mutant, patch: pytest.MonkeyPatch) -> None:
     """Put the changed function wherever the package holds the right one."""
     right, wrong = getattr(mutant.module, mutant.function), mutant.build()
+    patch.setattr(mutant.module, mutant.function, wrong)
     for module in MODULES:
         for name in [name for name, value in vars(module).items() if value is right]:
             patch.setattr(module, name, wrong)
