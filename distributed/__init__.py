@@ -9,6 +9,7 @@ from neox.distributed.launch import run_ranks
 from neox.distributed.leader import Leader, follow, generate
 from neox.distributed.load import load
 from neox.distributed.model import Shard, forward, shard
+from neox.distributed.mpi import connect
 
 __all__ = [
     "Alone",
@@ -16,6 +17,7 @@ __all__ = [
     "Leader",
     "Shard",
     "ShardDecoder",
+    "connect",
     "follow",
     "forward",
     "generate",

@@ -180,7 +180,7 @@ def _be_rank(
         pulse.settle()
         sys.exit(2)
     except BaseException as error:
-        if rank and isinstance(error, InputError):
+        if rank and isinstance(error, (InputError, KeyboardInterrupt)):
             time.sleep(2 * GRACE)  # rank 0 may have the same to say; it then ends this rank too
         text, code = _explain(f"rank {rank} of {size}", error)
         pulse.settle()

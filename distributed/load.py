@@ -20,7 +20,10 @@ from neox.reference.checkpoint.hub import find
 from neox.reference.checkpoint.load import Opened, converts, open_model, reader
 from neox.reference.checkpoint.stored import Stored
 from neox.reference.checkpoint.tensors import TensorSpec, tensor_table
+from neox.reference.errors import InputError
 from neox.reference.model import Array
+
+BACKENDS = ("reference",)  # what computes on a shard
 
 
 def _ends(stored: Stored) -> bytes:
@@ -58,6 +61,7 @@ def _check_same(comm: Communicator, own: int) -> None:
 def load(
     path: str | Path,
     comm: Communicator,
+    backend: str = "reference",
     dtype: str = "float32",
     weights: str = "auto",
     revision: str | None = None,
@@ -70,6 +74,8 @@ def load(
     A rank's memory holds its slices only, and those that stay as they are stored not even that: they are mapped.
     InputError as reference.load; AgreedError if what is wrong shows in files' headers, or ranks see different files.
     """
+    if backend not in BACKENDS:
+        raise InputError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
     agreed(comm, lambda: find(path, revision) if comm.rank == 0 else None)  # if it is downloaded, then once
 
     def open_here() -> tuple[Opened, int]:

@@ -206,3 +206,8 @@ def join(world: MPI.Intracomm, wanted: str | None = None) -> tuple[MpiRank, str]
     """This process as one of the ranks, and the way they add up; called on all of them."""
     name, summation = choose(world, wanted)
     return MpiRank(world, summation), name
+
+
+def connect(wanted: str | None = None) -> MpiRank:
+    """The same for a program that does not run in launch.run_ranks, and so looks after its failures itself."""
+    return join(open_world(), wanted)[0]

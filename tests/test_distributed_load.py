@@ -21,7 +21,7 @@ from strategies import TINY, arrays_of, draw_ids
 from test_checkpoint import Tensors, random_tensors, write_sharded, write_single
 from test_neox_checkpoint import IDS, SMALL, drifted, numbers_of, unmerged, written
 
-from neox.distributed import Communicator, Shard, forward, load, shard, virtual
+from neox.distributed import Alone, Communicator, Shard, forward, load, shard, virtual
 from neox.distributed.comm import AgreedError
 from neox.reference.checkpoint.load import load as load_whole
 from neox.reference.checkpoint.tensors import tensor_table
@@ -202,6 +202,11 @@ def test_what_is_wrong_everywhere_is_said_once_and_of_no_rank(tmp_path: Path):
     )
     (said, _) = raised_on_each(2, folder, dtype="int8")
     assert said.startswith("dtype must be")
+
+
+def test_a_backend_that_there_is_not_is_refused(tmp_path: Path):
+    with pytest.raises(InputError, match="backend must be one of reference, not 'tpu'"):
+        load(tmp_path, Alone(), backend="tpu")
 
 
 def test_a_number_that_is_not_finite_is_found_by_the_rank_that_reads_it(tmp_path: Path):

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from neox.distributed import virtual
 from neox.distributed.comm import sum_in_rank_order
 from neox.distributed.mpi import PIECE, _in_pieces, _known, adds_up
+from neox.reference import generate, load, shipped
 
 PROGRAM = Path(__file__).with_name("battery.py")
 
@@ -39,6 +40,32 @@ def test_ranks_of_mpi_are_virtual_ranks_to_the_bit(ranks: int, way: str | None, 
                 assert file[name].dtype == np.float32
                 assert np.array_equal(file[name], array), f"rank {rank}: {name}"
     assert not job.left
+
+
+SCRIPT = """
+import neox.distributed as dist
+from neox.reference import shipped
+
+comm = dist.connect()
+model = dist.load(shipped.path(), comm, backend="reference", dtype="float64")
+logits = dist.forward(model, [[1, 2, 3]])
+ids = list(dist.generate(model, [1, 2, 3], max_tokens=5, ignore_eos=True))
+everyone = comm.gather(logits)
+assert all((each == logits).all() for each in everyone)
+if comm.rank == comm.ranks - 1:
+    print(ids)
+"""
+
+
+@needs_mpi
+def test_a_program_of_ones_own_needs_five_lines(tmp_path: Path):
+    """Under mpiexec; the ids are those that one process finds, on the last rank too."""
+    program = tmp_path / "program.py"
+    program.write_text(SCRIPT)
+    job = mpiexec(3, program)
+    assert job.status == 0, job.stderr
+    alone = list(generate(load(shipped.path(), dtype="float64"), [1, 2, 3], max_tokens=5, ignore_eos=True))
+    assert job.stdout.strip() == str(alone)
 
 
 # How ranks add up.
