@@ -20,7 +20,20 @@ from numpy.typing import NDArray
 
 from neox.gpu import ops
 from neox.gpu.device import Array, Graph
-from neox.gpu.model import MANY, Keys, Mix, Model, Place, Workspace, embed, layer, mix_all, new_workspace, unembed
+from neox.gpu.model import (
+    MANY,
+    Keys,
+    Mix,
+    Model,
+    Place,
+    Workspace,
+    embed,
+    layer,
+    mix_each,
+    new_workspace,
+    placed,
+    unembed,
+)
 from neox.reference.config import Config
 from neox.reference.errors import InputError
 
@@ -83,15 +96,6 @@ def new_step(model: Model, batch: int, capacity: int) -> Step:
     )
 
 
-def mix_last(place: Place, partial: Array) -> Mix:
-    """One position of each text over the text so far."""
-
-    def mix(q: Array, cache: Keys, z: Array) -> None:
-        ops.attention_decode(q, *cache, place.texts, place.positions, partial, z)
-
-    return mix
-
-
 def through_layers(model: Model, cache: Cache, ids: Array, place: Place, work: Workspace, mix: Mix) -> None:
     """What the last layer makes of ids, in work.x; their keys and values are appended to the cache."""
     embed(model, ids, work)
@@ -101,7 +105,7 @@ def through_layers(model: Model, cache: Cache, ids: Array, place: Place, work: W
 
 def run_step(model: Model, cache: Cache, step: Step, allowed: Array | None) -> None:
     """Append one id to each text: its logits, the likeliest id to follow in place of the id, the next position."""
-    through_layers(model, cache, step.ids, step.place, step.work, mix_last(step.place, step.partial))
+    through_layers(model, cache, step.ids, step.place, step.work, mix_each(step.place, step.partial))
     unembed(model, step.work.x, step.work.normed, step.logits)
     ops.argmax(step.logits, allowed, step.ids)
     ops.advance(step.place.positions)
@@ -123,9 +127,9 @@ def prefill(
     last = device.empty((len(prompts), model.config.hidden_size), np.float32)
     for start in range(0, len(ids), CHUNK):
         chunk = slice(start, start + CHUNK)
-        place = Place(device.array(texts[chunk]), device.array(positions[chunk]))
+        place, mix = placed(model, texts[chunk], positions[chunk])
         part = work.first(len(ids[chunk]))
-        through_layers(model, cache, device.array(ids[chunk]), place, part, mix_all(place))
+        through_layers(model, cache, device.array(ids[chunk]), place, part, mix)
         ending = np.flatnonzero((start <= ends) & (ends < start + CHUNK))
         if ending.size:  # rows of x are picked as rows of an embedding are
             rows = device.array((ends[ending] - start).astype(np.int32))

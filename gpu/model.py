@@ -229,6 +229,35 @@ def unembed(model: Model, x: Array, normed: Array, logits: Array) -> None:  # fl
     linear(normed, Linear(model.params.embed_out, None), logits)
 
 
+def mix_together(tiles: Array) -> Mix:
+    """Many positions of each text at a time. tiles: of ops.query_tiles."""
+
+    def mix(q: Array, cache: Keys, z: Array) -> None:
+        ops.attention_prefill(q, *cache, tiles, z)
+
+    return mix
+
+
+def mix_each(place: Place, partial: Array) -> Mix:
+    """One position at a time, its keys shared out over splits: partial is float32 (N,H,splits,D+2)."""
+
+    def mix(q: Array, cache: Keys, z: Array) -> None:
+        ops.attention_decode(q, *cache, place.texts, place.positions, partial, z)
+
+    return mix
+
+
+def placed(model: Model, texts: NDArray[np.int32], positions: NDArray[np.int32]) -> tuple[Place, Mix]:  # 2 x (N)
+    """N positions of any texts, and attention of each over its text so far."""
+    config, device = model.config, model.device
+    place = Place(device.array(texts), device.array(positions))
+    if ops.can_prefill(model.dtype, config.head_dim):
+        return place, mix_together(device.array(ops.query_tiles(texts, positions)))
+    # Tensor cores multiply no float32. Its positions go one by one, as in decoding: it is there to compare with.
+    partial = (len(texts), config.num_attention_heads, 1, config.head_dim + 2)
+    return place, mix_each(place, device.empty(partial, np.float32))
+
+
 GROUP = 4096  # positions that forward takes through the model together, if a text is not longer
 
 
@@ -248,21 +277,11 @@ def _forward(model: Model, ids: NDArray) -> NDArray[np.float32]:
     config, device, (B, T) = model.config, model.device, ids.shape
     shape = (B, config.num_attention_heads, T, config.head_dim)
     cache = device.empty(shape, model.dtype), device.empty(shape, model.dtype)
-    texts, positions = (a.ravel().astype(np.int32) for a in np.indices((B, T)))
-    place = Place(device.array(texts), device.array(positions))
+    place, mix = placed(model, *(a.ravel().astype(np.int32) for a in np.indices((B, T))))
     work = new_workspace(model, B * T)
     embed(model, device.array(ids.ravel().astype(np.int32)), work)
     for p in model.params.layers:
-        layer(p, model, work, place, cache, mix_all(place))
+        layer(p, model, work, place, cache, mix)
     logits = device.empty((B * T, config.vocab_size), np.float32)
     unembed(model, work.x, work.normed, logits)
     return logits.get().reshape(B, T, -1)
-
-
-def mix_all(place: Place) -> Mix:
-    """Each position over its text so far."""
-
-    def mix(q: Array, cache: Keys, z: Array) -> None:
-        ops.attention_decode_naive(q, *cache, place.texts, place.positions, z)
-
-    return mix

@@ -8,8 +8,10 @@ ValueError says which argument has the wrong shape or dtype.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from neox.gpu.device import Array, expect, product_sizes
 from neox.gpu.source import Source
@@ -25,6 +27,7 @@ LAYER_NORM = Source(
 GELU = Source("gelu.cu", tuple(f"bias_gelu<{T}, {a}>" for T in TYPES.values() for a in ACTIVATIONS.values()))
 ROTARY_APPEND = Source("rotary_append.cu", tuple(f"rotary_append<{T}>" for T in TYPES.values()))
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)  # of the published models
+SHORT_TYPES = ("__half", "__nv_bfloat16")  # that tensor cores multiply
 ATTENTION_DECODE = Source(
     "attention_decode.cu",
     tuple(
@@ -37,6 +40,9 @@ ATTENTION_DECODE = Source(
         )
     ),
 )
+ATTENTION_PREFILL = Source(
+    "attention_prefill.cu", tuple(f"attention_prefill<{T}, {D}>" for T in SHORT_TYPES for D in (24, *HEAD_DIMS))
+)
 RESIDUAL = Source(
     "residual.cu", tuple(f"{name}<{T}>" for name in ("residual", "residual_pair") for T in TYPES.values())
 )
@@ -45,14 +51,16 @@ ADVANCE = Source("advance.cu", ("advance",))
 PRODUCT = Source("product_naive.cu", tuple(f"product_naive<{T}>" for T in TYPES.values()))
 ROWS = (1, 2, 4, 8)  # that a warp of matvec can take
 MATVEC = Source("matvec.cu", tuple(f"matvec<{T}, {rows}>" for T in TYPES.values() for rows in ROWS))
-GEMM = Source("gemm.cu", ("gemm<__half>", "gemm<__nv_bfloat16>"))
+GEMM = Source("gemm.cu", tuple(f"gemm<{T}>" for T in SHORT_TYPES))
 SOURCES = (
-    *(EMBEDDING, LAYER_NORM, GELU, ROTARY_APPEND, ATTENTION_DECODE, RESIDUAL, ARGMAX, ADVANCE),
+    *(EMBEDDING, LAYER_NORM, GELU, ROTARY_APPEND, ATTENTION_DECODE, ATTENTION_PREFILL, RESIDUAL, ARGMAX, ADVANCE),
     *(PRODUCT, MATVEC, GEMM),
 )
 
 THREADS = 256  # of a block whose work any number of threads can share
 ATTENTION_THREADS = 128  # as in attention_decode.cu
+PREFILL_THREADS, TILE_QUERIES = 128, 64  # as in attention_prefill.cu
+LARGEST_PREFILL_HEAD_DIM = 256
 MATVEC_THREADS, MATVEC_OUTPUTS = 256, 16  # of a block, as in matvec.cu
 GEMM_THREADS, GEMM_TILE = 128, 64  # as in gemm.cu
 
@@ -194,6 +202,43 @@ def attention_decode_naive(q: Array, keys: Array, values: Array, texts: Array, p
     sizes = (np.int32(N), np.int32(H), np.int32(D), np.int32(S))
     arguments = (q, keys, values, texts, positions, out, *sizes)
     out.device.launch(replace(ATTENTION_DECODE, kernels=(name,)), name, -(-N * C // 32), 32, arguments)
+
+
+def query_tiles(texts: NDArray, positions: NDArray) -> NDArray[np.int32]:
+    """N positions as tiles of up to 64 that follow one another in one text: 2 x (N) -> (M,4).
+
+    A row is: text, first of the N, where in the text it stands, how many. Those that see the most keys come first.
+    """
+    ends = np.flatnonzero((np.diff(texts) != 0) | (np.diff(positions) != 1)) + 1
+    tiles = [
+        (texts[n], n, positions[n], min(end - n, TILE_QUERIES))
+        for first, end in pairwise((0, *ends, len(texts)))
+        for n in range(first, end, TILE_QUERIES)
+    ]
+    return np.array(sorted(tiles, key=lambda tile: -(tile[2] + tile[3])), np.int32)
+
+
+def can_prefill(dtype: np.dtype, D: int) -> bool:
+    """Whether attention_prefill is made for this dtype and head_dim."""
+    return TYPES[dtype.name] in SHORT_TYPES and D % 8 == 0 and D <= LARGEST_PREFILL_HEAD_DIM
+
+
+def attention_prefill(q: Array, keys: Array, values: Array, tiles: Array, out: Array) -> None:
+    """N queries of any texts over the cache, on tensor cores: (N,C), 2 x (B,H,S,D), int32 (M,4) -> (N,C).
+
+    A query sees the positions of its text up to its own. tiles: of query_tiles; every n in one of them. float16 or
+    bfloat16, D a multiple of 8, up to 256.
+    """
+    (N, C), (_, H, S, D), (M, _) = q.shape, keys.shape, tiles.shape
+    expect("q", q, (N, H * D), keys.dtype)
+    expect("values", values, keys.shape, keys.dtype)
+    expect("tiles", tiles, (M, 4), np.int32)
+    expect("out", out, (N, C), q.dtype)
+    if not can_prefill(keys.dtype, D):
+        raise ValueError(f"tensor cores take float16 or bfloat16 and head_dim 8, 16, ... 256, not {keys.dtype} and {D}")
+    name = f"attention_prefill<{type_of(q)}, {D}>"
+    arguments = (q, keys, values, tiles, out, np.int32(H), np.int32(S))
+    out.device.launch(replace(ATTENTION_PREFILL, kernels=(name,)), name, (M, H), PREFILL_THREADS, arguments)
 
 
 def residual(y: Array, bias: Array | None, dtype: np.dtype, x: Array) -> None:

@@ -13,6 +13,8 @@ from neox.gpu.source import Source
 # 1024 threads of 64 registers fill a multiprocessor. Where blocks are smaller, more are allowed, and it is said why.
 REGISTERS = {
     "attention_decode.cu": 80,  # a query and an average: six blocks of 128 threads fit
+    # Sums, scores and queries of a whole tile: in the 20B, with 168, three blocks of 128 threads fit.
+    "attention_prefill.cu": 255,
     "gemm.cu": 96,  # 32 sums and their fragments: five blocks of 128 threads fit
     "matvec.cu": 128,  # two blocks of 256 threads fit, which have 64 KB on their way
 }

@@ -30,7 +30,6 @@
 #include "common.cuh"
 
 constexpr int ATTENTION_THREADS = 128, ATTENTION_BLOCKS = 6;  // as many on a multiprocessor: 80 registers each
-#define MINUS_INFINITY __int_as_float(0xff800000)  // NVRTC has no <cmath>
 
 template <class T> __global__ void attention_decode_naive(const T* q, const T* keys, const T* values, const int* texts,
                                                           const int* positions, T* z, int N, int H, int D, int S) {

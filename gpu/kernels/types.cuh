@@ -12,6 +12,8 @@ typedef unsigned int uint32_t;
     T* name = reinterpret_cast<T*>(dynamic_shared_)
 #endif
 
+#define MINUS_INFINITY __int_as_float(0xff800000)  // NVRTC has no <cmath>
+
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -21,6 +23,17 @@ template <> __device__ __forceinline__ float from_float<float>(float x) { return
 template <> __device__ __forceinline__ __half from_float<__half>(float x) { return __float2half_rn(x); }
 template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
     return __float2bfloat16_rn(x);
+}
+
+// Two neighbours as they lie in memory: the first in the lower bits.
+template <class T> __device__ __forceinline__ uint32_t packed(float first, float second);
+template <> __device__ __forceinline__ uint32_t packed<__half>(float first, float second) {
+    const __half2 pair = __floats2half2_rn(first, second);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+}
+template <> __device__ __forceinline__ uint32_t packed<__nv_bfloat16>(float first, float second) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+    return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
 // 8 neighbours as they lie in memory, widened where they are used: registers hold no more than was read.
