@@ -14,6 +14,7 @@ import pytest
 from devices import SCHEDULES, host
 from test_kernels_argmax import check_advance, check_argmax
 from test_kernels_attention_decode import check_attention
+from test_kernels_attention_prefill import check_counting, check_prefill
 from test_kernels_embedding import check_embedding
 from test_kernels_gelu import check_gelu, check_tail
 from test_kernels_layer_norm import check_block, check_naive, check_pair
@@ -48,6 +49,16 @@ CASES: dict[Callable[..., None], tuple[str, list[tuple]]] = {
             ([9, 3], 2, 24, "float32", 0),
         ],
     ),
+    check_prefill: (
+        "ATTENTION_PREFILL",
+        [
+            # A warp begins at 62, whose query sees all of the first 64 keys but one; and a text of 65.
+            ([(30, 70), (5, 60), (0, 9)], 2, 24, "float16"),
+            ([(0, 70)], 2, 24, "float16", 300),
+            ([(64, 65)], 1, 96, "bfloat16"),
+        ],
+    ),
+    check_counting: ("ATTENTION_PREFILL", [([(0, 330), (3, 9)], 1, 24, "float16")]),
     check_argmax: ("ARGMAX", [(3, 1030, 0.5, 3), (150, 33, 0.0), (40, 70, 0.3), (2, 990, 0.0)]),
     check_advance: ("ADVANCE", [(5,), (257,)]),
     check_residual: ("RESIDUAL", [(3, 257, "float16"), (2, 40, "float32", False)]),
@@ -217,6 +228,79 @@ MUTANTS = [
         ("s <= positions[n]; s++) {", "s < positions[n]; s++) {"),
         ("s <= positions[n]; s++) {", "s <= positions[n] + 1; s++) {"),
         ("return sum / sqrtf(D)", "return sum"),
+    ),
+    *mutants(
+        "attention_prefill.cu",
+        check_prefill,
+        ("__syncthreads();  // every thread's copies of keys", "// every thread's copies of keys"),
+        ("__syncthreads();  // every thread's copies of values", "// every thread's copies of values"),
+        ("copy_async_wait<0>();\n        __syncthreads();  // every thread's copies of keys", "__syncthreads();  //"),
+        ("copy_async_wait<0>();\n        __syncthreads();  // every thread's copies of values", "__syncthreads();  //"),
+        ("first + row < length && d < D", "d < D"),
+        ("first + row < length && d < D", "first + row < length"),
+        ("first + row < length", "first + row < length - 1"),
+        ("piece < Shape<D>::KEYS * PIECES", "piece < (Shape<D>::KEYS - 1) * PIECES"),
+        ("n < count && d < D", "n < count"),
+        ("n < count && d < D", "d < D"),
+        ("n < count &&", "n < count - 1 &&"),
+        ("row + i % 2 * 8, d = 16 * step + column + i / 2 * 8", "row + i / 2 * 8, d = 16 * step + column + i % 2 * 8"),
+        ("lane % 8 + lane / 16 * 8, column = lane / 8 % 2 * 8", "lane % 16, column = lane / 16 * 8"),
+        ("{k[2], k[3]}", "{k[0], k[1]}"),
+        ("q[step], {k[0]", "q[0], {k[0]"),
+        (
+            "step < Shape<D>::STEPS; step++)\n#pragma unroll\n        for (int j",
+            "step < 1; step++)\n        for (int j",
+        ),
+        (
+            "    return scores;",
+            "    for (auto& fragment : scores.of)\n"
+            "        for (float& x : fragment) x = to_float(from_float<T>(x));\n    return scores;",
+        ),
+        ("i % 2 > row", "i % 2 >= row"),
+        ("i % 2 > row", "i % 2 > row + 1"),
+        ("column + i % 2 >", "column >"),
+        ("> row + i / 2 * 8)", "> row)"),
+        ("first + KEYS > position + 1)", "first + KEYS > position + 2)"),
+        ("mask(scores, first - position)", "mask(scores, first - tile.z)"),
+        ("return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2))", "return x"),
+        ("return x + __shfl_xor_sync(ALL_LANES, x, 2)", "return x"),
+        ("1.44269504f / sqrtf(D)", "1.44269504f"),
+        ("1.44269504f / sqrtf(D)", "1.0f / sqrtf(D)"),
+        ("fmaxf(averages.largest[r], scale * row_max(largest))", "scale * row_max(largest)"),
+        ("scale * row_max(largest))", "row_max(largest))"),
+        ("averages.weight[r] * kept + weight", "averages.weight[r] + weight"),
+        ("averages.sum[i][2 * r] *= kept, averages.sum[i][2 * r + 1] *= kept;", ";"),
+        ("averages.largest[r] = largest;", ""),
+        ("averages{{MINUS_INFINITY, MINUS_INFINITY}", "averages{{0.0f, 0.0f}"),
+        ("row = lane % 16, column = lane / 16 * 8", "row = lane % 8 + lane / 16 * 8, column = lane / 8 % 2 * 8"),
+        ("load_matrix_x4_transposed(v", "load_matrix_x4(v"),
+        ("{v[2], v[3]}", "{v[0], v[1]}"),
+        ("p.of[j][2], p.of[j][3])", "p.of[j + 1][0], p.of[j + 1][1])"),
+        ("row + 8 * r >= count", "row + 8 * r > count"),
+        ("row + 8 * r >= count", "row + 8 * r >= count - 1"),
+        ("i < D / 8", "i < 2 * Shape<D>::STEPS"),
+        ("sum[2 * r + 1] / weight", "sum[2 * r + 1]"),
+        ("row_sum(averages.weight[r])", "averages.weight[r]"),
+        ("first < length; first += KEYS", "first + KEYS < length; first += KEYS"),
+        ("if (first + KEYS < length) fetch", "if (first + KEYS < length - 1) fetch"),
+        ("if (first < seen) scores", "if (first < seen - 1) scores"),
+        ("if (first >= seen)", "if (first >= seen - 1)"),
+        ("fetch<T, D>(value_rows, values + text, first, length)", "fetch<T, D>(value_rows, values + text, 0, length)"),
+        ("n = tile.y + skipped", "n = tile.y"),
+        ("position = tile.z + skipped", "position = tile.z"),
+        ("min(tile.w - skipped, 16)", "min(tile.w, 16)"),
+        ("static_cast<long long>(tile.x) * H", "static_cast<long long>(blockIdx.x) * H"),
+    ),
+    *mutants(
+        "attention_prefill.cu",
+        check_counting,
+        (  # accumulation in 16 bits
+            "    for (int j = 0; j < Shape<D>::KEYS / 8; j += 2) {\n        const uint32_t a",
+            "    for (int j = 0; j < Shape<D>::KEYS / 8; j += 2) {\n"
+            "        for (auto& sum : averages.sum)\n"
+            "            for (float& x : sum) x = to_float(from_float<T>(x));\n        const uint32_t a",
+        ),
+        ("averages.weight[r] = averages.weight[r] * kept", "averages.weight[r] = averages.weight[r] * kept * 0.999f"),
     ),
     *mutants(
         "argmax.cu",
