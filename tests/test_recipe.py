@@ -55,9 +55,8 @@ def outcome(module: ModuleType, argv: Sequence[object], monkeypatch: pytest.Monk
 LINE = re.compile(r"Q: What is (\d+) (plus|minus) (\d+)\?\nA: (-?\d+)")
 
 
-def test_no_held_out_pair_is_asked_about_in_either_order_by_either_operation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe, "QUESTIONS", 20_000)
-    asked = LINE.findall("\n".join(recipe.arithmetic(random.Random(0))))
+def test_no_held_out_pair_is_asked_about_in_either_order_by_either_operation() -> None:
+    asked = LINE.findall("\n".join(recipe.arithmetic(20_000, random.Random(0))))
     assert len(asked) >= 20_000
     trained = {frozenset((int(a), int(b))) for a, _, b, _ in asked}
     held = {frozenset((a, b)) for a, _, b in recipe.held_out_questions()}
@@ -67,9 +66,8 @@ def test_no_held_out_pair_is_asked_about_in_either_order_by_either_operation(mon
     assert 0.08 < len(held) / 5050 < 0.12
 
 
-def test_every_answer_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe, "QUESTIONS", 5_000)
-    texts = list(recipe.arithmetic(random.Random(1)))
+def test_every_answer_is_right() -> None:
+    texts = list(recipe.arithmetic(5_000, random.Random(1)))
     signs: Counter[tuple[str, bool]] = Counter()
     for a, operation, b, result in LINE.findall("\n".join(texts)):
         assert int(result) == (int(a) + int(b) if operation == "plus" else int(a) - int(b))
@@ -80,14 +78,17 @@ def test_every_answer_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "".join(texts).count("Q") == sum(signs.values())  # nothing else is in them
 
 
-def test_repetitions_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe, "REPETITIONS", 50)
+def test_repetitions_repeat() -> None:
     words = [f"w{i}" for i in range(600)]
-    for text in recipe.repetitions(words, random.Random(0)):
+    for text in recipe.phrases(50, words, random.Random(0)):
         parts = text.split(" ")
         copies = [n for n in (2, 3) if parts == parts[: len(parts) // n] * n]
         assert copies
         assert 5 <= len(parts) // copies[0] <= 75
+    for text in recipe.chants(50, words, random.Random(0)):
+        periods = [n for n in range(2, len(text) // 2 + 1) if text == text[:n] * (len(text) // n)]
+        assert periods
+        assert 21 <= len(text.split()) <= 120 or 21 <= len(text) <= 120
 
 
 # The stories.
@@ -117,8 +118,8 @@ def corpora(tmp_path: Path) -> Path:
 def test_the_text_is_written_the_same_each_time_and_held_out_stories_stay_out(
     corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(recipe, "QUESTIONS", 100)
-    monkeypatch.setattr(recipe, "REPETITIONS", 10)
+    monkeypatch.setattr(recipe, "FIRST", replace(recipe.FIRST, questions=100, phrases=10))
+    monkeypatch.setattr(recipe, "SECOND", replace(recipe.SECOND, questions=100, phrases=10, chants=10))
     for name in ("a", "b"):
         assert outcome(recipe, [corpora, tmp_path / name], monkeypatch) is None
     first, second = (
@@ -126,16 +127,13 @@ def test_the_text_is_written_the_same_each_time_and_held_out_stories_stay_out(
         for name in "ab"
     )
     assert first == second
-    kinds = [
-        "held-out/stories",
-        "held-out/tales",
-        "held-out/tiny",
-        "train/arithmetic",
-        "train/repetitions",
-        "train/stories",
+    kinds = [f"held-out/{kind}.jsonl" for kind in ("stories", "tales", "tiny")]
+    kinds += [
+        f"{part}/{kind}.jsonl" for part in ("first", "second") for kind in ("arithmetic", "repetitions", "stories")
     ]
-    assert sorted(first) == [f"{kind}.jsonl" for kind in kinds]
-    trained = Counter(documents(tmp_path / "a" / "train" / "stories.jsonl"))
+    assert sorted(first) == sorted(kinds)
+    assert first["first/arithmetic.jsonl"] != first["second/arithmetic.jsonl"]
+    trained = Counter(documents(tmp_path / "a" / "first" / "stories.jsonl"))
     held = set(documents(tmp_path / "a" / "held-out"))
     assert not set(trained) & held
     assert len(set(trained)) + len(held) == 3 + 600 + 120
