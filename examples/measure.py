@@ -1,8 +1,9 @@
 """What the shipped model has learned, over the checkpoints of its training.
 
     python examples/measure.py run --held-out text/held-out --picture learning.png
+    python examples/measure.py first:9000 second --held-out text/held-out
 
-For each step{N} of the folder, a line of:
+For each step{N} of the folder, a line of (in the second form, the second run went on after step 9000 of the first):
     arithmetic   the part of held-out questions (recipe.py) about two-digit numbers that greedy decoding answers exactly
     induction    the part of a second copy of random tokens that is predicted exactly; chance is one in a vocabulary
     stories      with --held-out: nats per byte of each held-out text, which does not depend on the tokenizer
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from recipe import answer, held_out_questions, question
 from tqdm import tqdm
+from train import smooth
 
 from neox.reference import CachedDecoder, Model, Request, Tokenizer, complete, forward, load, load_tokenizer
 from neox.reference.checkpoint.save import write_file
@@ -43,6 +46,35 @@ class Measured:
     negative: float  # differences below zero
     induction: float
     stories: dict[str, float]  # by the name of the text
+
+
+@dataclass(frozen=True)
+class Run:
+    """A folder of checkpoints, or those up to a step from which another run goes on."""
+
+    folder: Path
+    last: int | None
+    offset: int  # steps that were made before it
+
+    def has(self, step: int) -> bool:
+        return self.last is None or step <= self.last
+
+    def steps(self) -> list[int]:
+        return [step for step in saved_steps(self.folder) if self.has(step)]
+
+
+def runs_of(texts: Sequence[str]) -> list[Run]:
+    """FOLDER, or FOLDER:N before another. InputError if one holds no checkpoint."""
+    runs: list[Run] = []
+    for text in texts:
+        name, colon, last = text.rpartition(":") if re.search(r":\d+$", text) else (text, "", "")
+        offset = runs[-1].offset + (runs[-1].last or 0) if runs else 0
+        runs.append(Run(Path(name), int(last) if colon else None, offset))
+        if not runs[-1].steps():
+            raise InputError(f"{name} holds no step{{N}} folder")
+        if len(runs) > 1 and runs[-2].last is None:
+            raise InputError(f"name the step of {runs[-2].folder} from which {name} goes on: {runs[-2].folder}:N")
+    return runs
 
 
 # Arithmetic.
@@ -97,7 +129,8 @@ def nats_per_byte(model: Model, tokenizer: Tokenizer, path: Path) -> float:
     return held_out_loss(model, data) * data.rows * data.length / size
 
 
-def measure(folder: Path, step: int, held_out: list[Path]) -> Measured:
+def measure(folder: Path, step: int, held_out: Sequence[Path]) -> Measured:
+    """A checkpoint, which stands after so many steps in all."""
     model, tokenizer = load(folder, weights="upcast"), load_tokenizer(folder)
     stories = {path.name.partition(".")[0]: nats_per_byte(model, tokenizer, path) for path in held_out}
     return Measured(step, **arithmetic(model, tokenizer), induction=induction(model, tokenizer), stories=stories)
@@ -116,11 +149,15 @@ def table(series: Sequence[Measured]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def losses(folder: Path) -> list[tuple[int, float]]:
-    """The loss of every step, where the run's file of them is."""
-    file = folder / "losses.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    return [(entry["step"], entry["loss"]) for entry in map(json.loads, lines) if "loss" in entry]
+def losses(runs: Sequence[Run]) -> list[tuple[int, float]]:
+    """The loss of every step, where the runs' files of them are."""
+    found = []
+    for part in runs:
+        file = part.folder / "losses.jsonl"
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        entries = [entry for entry in map(json.loads, lines) if "loss" in entry and part.has(entry["step"])]
+        found += [(part.offset + entry["step"], entry["loss"]) for entry in entries]
+    return found
 
 
 def draw(series: Sequence[Measured], curve: Sequence[tuple[int, float]], path: Path) -> None:
@@ -134,7 +171,8 @@ def draw(series: Sequence[Measured], curve: Sequence[tuple[int, float]], path: P
 
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(7, 6), sharex=True, layout="constrained")
     if curve:
-        above.plot(*zip(*curve, strict=True), color="0.8", linewidth=0.4, label="training, nats per token")
+        at, values = zip(*curve, strict=True)
+        above.plot(at, smooth(values), color="0.6", linewidth=0.8, label="training, nats per token")
     steps = [m.step for m in series]
     for name in series[0].stories:
         above.plot(
@@ -153,7 +191,7 @@ def draw(series: Sequence[Measured], curve: Sequence[tuple[int, float]], path: P
 
 def flags() -> argparse.Namespace:
     parser = Parser(description="Measure what a series of checkpoints has learned.", allow_abbrev=False)
-    parser.add_argument("run", type=Path, help="a folder of step{N} folders")
+    parser.add_argument("run", nargs="+", metavar="RUN[:N]", help="a folder of step{N} folders; up to N, then the next")
     parser.add_argument("--held-out", type=Path, metavar="FOLDER", help="of texts that were not trained on")
     parser.add_argument("--steps", type=int, nargs="+", metavar="N", help="only these; default: all")
     parser.add_argument("--picture", type=Path, metavar="PNG", help="draw it too; needs matplotlib")
@@ -163,18 +201,21 @@ def flags() -> argparse.Namespace:
 
 def main() -> None:
     args = flags()
-    steps = args.steps or saved_steps(args.run)
-    if not steps:
-        raise InputError(f"{args.run} holds no step{{N}} folder")
+    runs = runs_of(args.run)
     texts = sorted(args.held_out.glob("*.jsonl")) if args.held_out else []
+    # Where a run goes on from another, its step 0 is the other's last.
+    chosen = {r.offset + step: r.folder / f"step{step}" for r in runs for step in r.steps()}
+    unknown = set(args.steps or ()) - set(chosen)
+    if unknown:
+        raise InputError(f"no checkpoint of step {min(unknown)}; there are {', '.join(map(str, chosen))}")
     series = []
-    for step in tqdm(steps, "measuring", unit="checkpoints", disable=None, leave=False):
-        series.append(measure(args.run / f"step{step}", step, texts))
+    for step in tqdm(args.steps or chosen, "measuring", unit="checkpoints", disable=None, leave=False):
+        series.append(measure(chosen[step], step, texts))
     print(table(series))
     if args.json:
         write_file(args.json, (json.dumps([asdict(m) for m in series], indent=1) + "\n").encode())
     if args.picture:
-        draw(series, losses(args.run), args.picture)
+        draw(series, losses(runs), args.picture)
         print(f"drawn: {args.picture}", file=sys.stderr)
 
 

@@ -26,6 +26,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from neox.reference.checkpoint.load import load
@@ -175,6 +176,12 @@ def read_losses(path: Path, last: int) -> list[dict[str, Any]]:
     return [entry for entry in entries if entry["step"] <= last]
 
 
+def smooth(values: Sequence[float]) -> list[float]:
+    """Each the mean of the last twentieth of the values up to it: batches differ more than a loss falls."""
+    sums = np.cumsum([0.0, *values])
+    return [float(sums[i] - sums[i - max(1, i // 20)]) / max(1, i // 20) for i in range(1, len(sums))]
+
+
 def picture(entries: Sequence[dict[str, Any]]) -> bytes:
     """The loss of every step, and of the held-out text: a PNG."""
     import matplotlib
@@ -183,9 +190,9 @@ def picture(entries: Sequence[dict[str, Any]]) -> bytes:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for name, style, label in (("loss", "-", "trained on"), ("held_out", "o-", "held out")):
-        points = [(entry["step"], entry[name]) for entry in entries if name in entry]
-        axes.plot(*zip(*points, strict=True), style, linewidth=0.8, markersize=4, label=label)
+    trained, held = ([entry for entry in entries if name in entry] for name in ("loss", "held_out"))
+    axes.plot([e["step"] for e in trained], smooth([e["loss"] for e in trained]), linewidth=0.8, label="trained on")
+    axes.plot([e["step"] for e in held], [e["held_out"] for e in held], "o-", markersize=4, label="held out")
     axes.set(xlabel="step", ylabel="loss (nats per token)", xscale="symlog", xlim=(0, None))
     axes.legend()
     png = io.BytesIO()

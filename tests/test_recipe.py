@@ -21,7 +21,7 @@ from strategies import TINY, random_model
 from neox.reference import load, load_tokenizer
 from neox.reference.checkpoint.save import model_files, write_folder
 from neox.reference.corpus import documents, train_tokenizer
-from neox.reference.errors import run
+from neox.reference.errors import InputError, run
 from neox.reference.model import Model
 from neox.reference.tokenizer import Tokenizer
 
@@ -226,6 +226,15 @@ def test_a_series_is_measured_and_drawn(
     (series / "losses.jsonl").write_text('{"step": 0}\n{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n')
     assert outcome(measure, [*argv, "--picture", tmp_path / "p.png"], monkeypatch) is None
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_goes_on_from_another_counts_its_steps(series: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (series / "losses.jsonl").write_text("".join(f'{{"step": {i}, "loss": {10 - i}}}\n' for i in range(1, 5)))
+    first, second = runs = measure.runs_of([f"{series}:3", str(series)])
+    assert (first.steps(), first.offset, second.steps(), second.offset) == ([0], 0, [0, 4], 3)
+    assert measure.losses(runs) == [(1, 9), (2, 8), (3, 7), (4, 9), (5, 8), (6, 7), (7, 6)]
+    with pytest.raises(InputError, match=r"name the step of .* from which"):
+        measure.runs_of([str(series), str(series)])
 
 
 def test_a_folder_without_checkpoints_is_refused(
