@@ -14,8 +14,12 @@ from program import Outcome, as_process, in_process
 from safetensors.numpy import load_file, save_file
 
 from neox.reference import shipped
+from neox.reference.config import read_config
 
 NOTES = ("model: ", "weights: ")  # lines that are no complaint
+SHIPPED = read_config(shipped.path())
+LAYERS, WIDTH = SHIPPED.num_hidden_layers, SHIPPED.hidden_size
+TOO_LONG = f"tokens, but the model's context is {SHIPPED.max_position_embeddings}"
 QKV = "gpt_neox.layers.2.attention.query_key_value.weight"
 NORM = "gpt_neox.layers.1.input_layernorm.bias"
 
@@ -96,7 +100,10 @@ def all_tensors_in(shard: str) -> dict[str, str]:
 MODELS: dict[str, tuple[Damage, list[str]]] = {
     "tensors missing": (weights(lambda t: [t.pop(QKV), t.pop(NORM)]), ["missing", QKV, NORM]),
     "tensors unknown": (weights(lambda t: t.update(extra=t[NORM], other=t[NORM] + 1)), ["extra", "other"]),
-    "tensor misshapen": (weights(lambda t: t.update({QKV: t[QKV][:-1].copy()})), [QKV, "383", "384"]),
+    "tensor misshapen": (
+        weights(lambda t: t.update({QKV: t[QKV][:-1].copy()})),
+        [QKV, f"[{3 * WIDTH - 1}, "],
+    ),
     "tensor of integers": (weights(lambda t: t.update({QKV: t[QKV].astype(np.int32)})), [QKV]),
     "weights truncated": (file_bytes("model.safetensors", lambda b: b[:-1000]), ["model.safetensors", "not a whole"]),
     "weights truncated in the header": (file_bytes("model.safetensors", lambda b: b[:500]), ["model.safetensors"]),
@@ -117,7 +124,7 @@ MODELS: dict[str, tuple[Damage, list[str]]] = {
     "NaN in a weight": (filled(QKV, np.nan), [QKV, "finite"]),
     "infinity in a vector": (filled(NORM, -np.inf), [NORM, "finite"]),
     "weights that overflow": (
-        weights(lambda t: t.update({"gpt_neox.final_layer_norm.weight": np.full(128, 3e38, np.float32)})),
+        weights(lambda t: t.update({"gpt_neox.final_layer_norm.weight": np.full(WIDTH, 3e38, np.float32)})),
         ["logits are not finite"],
     ),
     "config missing": (removed("config.json"), ["config.json"]),
@@ -126,11 +133,14 @@ MODELS: dict[str, tuple[Damage, list[str]]] = {
     "config of another model": (config(model_type="llama"), ["llama"]),
     "config without a size": (config(hidden_size=None), ["missing", "hidden_size"]),
     "config with two rotary bases": (config(rotary_emb_base=500), ["rotary_emb_base", "500", "10000"]),
-    "config with heads that do not divide": (config(num_attention_heads=5), ["hidden_size 128", "5"]),
+    "config with heads that do not divide": (
+        config(num_attention_heads=7),
+        [f"hidden_size {WIDTH}", "7"],
+    ),
     "config with an unknown activation": (config(hidden_act="relu"), ["relu"]),
     "config with a scaled rotation": (config(rope_scaling={"type": "linear", "factor": 2}), ["linear"]),
-    "config with fewer layers than weights": (config(num_hidden_layers=3), ["gpt_neox.layers.3."]),
-    "config with more layers than weights": (config(num_hidden_layers=5), ["gpt_neox.layers.4."]),
+    "config with fewer layers than weights": (config(num_hidden_layers=LAYERS - 1), [f"gpt_neox.layers.{LAYERS - 1}."]),
+    "config with more layers than weights": (config(num_hidden_layers=LAYERS + 1), [f"gpt_neox.layers.{LAYERS}."]),
     "config with a negative size": (config(num_hidden_layers=-1), ["num_hidden_layers", "-1"]),
     "tokenizer missing": (removed("tokenizer.json"), ["tokenizer.json", "does not exist"]),
     "tokenizer corrupt": (file_bytes("tokenizer.json", lambda b: b[:999]), ["tokenizer.json", "is not a tokenizer"]),
@@ -162,8 +172,11 @@ FLAGS: list[tuple[list[str], list[str]]] = [
     (["--prompt", "-"], ["prompt is empty"]),
     (["--prompt", "a", "--prompt", ""], ["prompt is empty"]),
     (["--prompt", "-", "--prompt", "-"], ["stdin"]),
-    (["--prompt", "a " * 600], ["tokens, but the model's context is 512"]),
-    (["--prompt", "a", "--prompt", "a " * 600], ["tokens, but the model's context is 512"]),
+    (["--prompt", "a " * 600], [TOO_LONG]),
+    (
+        ["--prompt", "a", "--prompt", "a " * 600],
+        [TOO_LONG],
+    ),
     (["--prompt", "half \ud800"], ["not valid Unicode"]),
     (["--prompt"], ["expected one argument"]),
     (["--max-tokens", "0"], ["max_tokens", "1 or more"]),

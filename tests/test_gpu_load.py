@@ -15,6 +15,7 @@ import neox.reference as reference
 from neox.gpu.device import HostDevice
 from neox.gpu.load import require_memory
 from neox.reference import GPT_NEOX_20B, PYTHIA, Config, InputError, parameter_count, shipped
+from neox.reference.config import read_config
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -51,7 +52,8 @@ def test_the_memory_needed_is_said_before_anything_is_read(capsys, monkeypatch) 
     monkeypatch.setattr(all_devices()[0], "_free_memory", lambda: 24_000_000_000)
     with pytest.raises(SystemExit, match="read"):
         gpu.load(shipped.path(), device=all_devices()[0])
-    assert capsys.readouterr().err == "weights: 0.00211 GB as float16, 24 GB free on the device\n"
+    size = 2 * parameter_count(read_config(shipped.path())) / 1e9
+    assert capsys.readouterr().err == f"weights: {size:.3g} GB as float16, 24 GB free on the device\n"
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ from neox.reference.random_weights import random_tensor
 from neox.reference.tokenizer import load_tokenizer
 
 PROGRAM = Path(__file__).resolve().parents[1] / "examples" / "walkthrough.py"
+SHIPPED = read_config(shipped.path())
+LAYERS = SHIPPED.num_hidden_layers
 PROMPT = "There was once a little house"
 
 pytestmark = pytest.mark.skipif(not PROGRAM.is_file(), reason="examples/ is not beside tests/")
@@ -49,7 +51,7 @@ def walkthrough() -> ModuleType:
 
 def sequential_model(folder: Path) -> Path:
     """A model in which the MLP comes after the attention, with the tokenizer that ships."""
-    wide = replace(read_config(shipped.path()), hidden_size=60, num_attention_heads=5, rotary_pct=0.5)
+    wide = replace(SHIPPED, hidden_size=60, num_attention_heads=5, rotary_pct=0.5)
     config = replace(wide, intermediate_size=37, num_hidden_layers=3, use_parallel_residual=False)
     save_file({name: random_tensor(spec) for name, spec in tensor_table(config).items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config_to_dict(config)))
@@ -198,15 +200,15 @@ def test_a_layer_of_the_20b_is_walked_through_in_less_than_4_gb() -> None:
 @pytest.mark.parametrize(
     ("argv", "phrase"),
     [
-        (("--layer", "4"), "--layer 4: this model's are 0 to 3"),
-        (("--layer", "-1"), "0 to 3"),
+        (("--layer", str(LAYERS)), f"--layer {LAYERS}: this model's are 0 to {LAYERS - 1}"),
+        (("--layer", "-1"), f"0 to {LAYERS - 1}"),
         (("--prompt", ""), "the prompt is empty"),
         (("--revision", "step1"), "--revision needs a --model"),
         (("--model", "gpt-neox-20b-shape", "--prompt", "x"), "leave out --prompt"),
         (("--model", "gpt-neox-20b-shape", "--layer", "1"), "one layer"),
         (("--model", "no/such/folder"), "no such folder"),
         (("--layer", "one"), "invalid int value"),
-        (("--prompt", "word " * 600), "context is 512"),
+        (("--prompt", "word " * 600), f"context is {SHIPPED.max_position_embeddings}"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, tuple) else "",
 )
