@@ -3,22 +3,22 @@
     python examples/recipe.py path/to/corpora text
     python examples/train.py text/first --held-out text/held-out --out first --steps 18000 --batch 4 \\
         --learning-rate 3e-3
-    python examples/train.py text/second --held-out text/held-out --out second --steps 10500 --batch 4 \\
-        --learning-rate 2e-3 --save-every 1500 --from first/step9000
-    python examples/measure.py second --held-out text/held-out
-    python examples/convert.py second/step10500 model --dtype float16
+    python examples/train.py text/second --held-out text/held-out --out second --steps 9500 --batch 4 \\
+        --learning-rate 2e-3 --from first/step9000
+    python examples/measure.py first:9000 second --held-out text/held-out
+    python examples/convert.py second/step9500 model --dtype float16
 
 The first run can be stopped after 9,000 steps: from there, the second goes on with more repetitions. Together they read
-20 million tokens, in some two hours on one core:
+19 million tokens, in some two hours on one core:
 
     first   second
-    55 %    38 %    stories
+    55 %    19 %    stories
                     public_domain_short_stories.jsonl.gz   of Project Gutenberg; public domain in the USA
                     gutenberg_books/                       Alice in Wonderland (11), The Wonderful Wizard of Oz (55) and
                                                            The Blue Fairy Book (503) of Project Gutenberg, likewise
                     tinystories_excerpt.txt                Eldan and Li 2023, "TinyStories"; CDLA-Sharing-1.0
-    38 %    35 %    arithmetic of numbers below 100, made here: "Q: What is 48 plus 76?\\nA: 124"
-     7 %    26 %    repetitions of a few random words or characters, made here: what induction heads are for
+    38 %    33 %    arithmetic of numbers below 100, made here: "Q: What is 48 plus 76?\\nA: 124"
+     7 %    48 %    repetitions of a few random words or characters, made here: what induction heads are for
 
 Held out are whole stories, and one in ten pairs of numbers, in both orders and for both operations.
 """
@@ -56,7 +56,7 @@ class Part:
 
 
 FIRST = Part({"tales": 2, "tiny": 4}, 20_000_000, 450_000, phrases=12_000, chants=0, seed=0)
-SECOND = Part({"tales": 1, "tiny": 3}, 6_500_000, 240_000, phrases=4_000, chants=24_000, seed=10)
+SECOND = Part({"tales": 1, "tiny": 2}, 1_500_000, 215_000, phrases=3_000, chants=45_000, seed=10)
 
 
 # Stories.
@@ -182,10 +182,10 @@ def phrases(count: int, words: list[str], rng: random.Random) -> Iterator[str]:
 
 
 def chants(count: int, words: list[str], rng: random.Random) -> Iterator[str]:
-    """Two to twenty words, or characters, until there are a hundred or so."""
+    """A few words, or characters, until there are a hundred or so."""
     characters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
     for i in range(count):
-        length = rng.randint(2, 20)
+        length = rng.randint(2, rng.choice((8, 25)))
         some = (
             "".join(f" {word}" for word in rng.choices(words, k=length)) if i % 2 else rng.choices(characters, k=length)
         )
