@@ -101,6 +101,9 @@ def first_model(args: argparse.Namespace, vocab_size: int) -> Model:
         if vocab_size > model.config.vocab_size:
             known = model.config.vocab_size
             raise InputError(f"the tokenizer has {vocab_size} tokens, but the model of --from knows {known}")
+        context = model.config.max_position_embeddings
+        if args.length > context:
+            raise InputError(f"rows of {args.length} tokens, but the context of the model of --from is {context}")
         return model
     config = Config(
         vocab_size=vocab_size,

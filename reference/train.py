@@ -24,7 +24,7 @@ from neox.reference.backward import cross_entropy, loss_and_gradient
 from neox.reference.checkpoint.load import load
 from neox.reference.checkpoint.safetensors_file import read_header
 from neox.reference.checkpoint.save import json_bytes, model_files, tensor_bytes, write_folder
-from neox.reference.checkpoint.tensors import build_params, named_tensors
+from neox.reference.checkpoint.tensors import build_params, named_tensors, tensor_table
 from neox.reference.config import read_json
 from neox.reference.cores import cores, one_blas_thread
 from neox.reference.corpus import Packed, batch_rows
@@ -57,6 +57,10 @@ class Settings:
             value = getattr(self, option.name)
             if option.name not in ("adam", "seed", "warmup") and not value > 0:
                 raise InputError(f"{option.name} must be positive, not {value!r}")
+        least = {"seed": self.seed, "warmup": self.warmup, "weight_decay": self.adam.weight_decay}
+        for name, value in least.items():
+            if not 0 <= value < math.inf:
+                raise InputError(f"{name} must be zero or more, not {value!r}")
         if self.batch % self.micro_batch:
             raise InputError(f"a batch of {self.batch} rows cannot be cut into micro-batches of {self.micro_batch}")
 
@@ -171,10 +175,12 @@ def begin(model: Model) -> State:
 
 
 def save_step(folder: Path, state: State, settings: Settings, tokenizer: bytes, checksum: int) -> None:
-    """Write step{N} into the folder: the model for any program that reads Hugging Face's layout, and the optimizer's
-    state beside it. InputError if the disk is full; the checkpoints before it are untouched."""
+    """Write step{N} into the folder: a model in Hugging Face's layout, and beside it what training goes on with.
+
+    InputError if it cannot be written, as when the disk is full; the checkpoints before it are untouched.
+    """
     moments = {f"{kind}.{name}": array for kind in "mv" for name, array in getattr(state.moments, kind).items()}
-    training = {"step": state.step, "data": checksum, "settings": asdict(settings)}
+    training = {"data": checksum, "settings": asdict(settings)}
     files = {OPTIMIZER: tensor_bytes(moments), TRAINING: json_bytes(training)}
     write_folder(folder / f"step{state.step}", {**model_files(state.model, "float32", tokenizer), **files})
 
@@ -185,8 +191,25 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def settings_from(content: dict) -> Settings:
-    return Settings(**{**content, "adam": AdamW(**content["adam"])})
+def _read_training(path: Path) -> tuple[Settings, int]:
+    """Settings and checksum. InputError if they are not what save_step wrote."""
+    content = read_json(path)
+    try:
+        settings = content["settings"]
+        return Settings(**{**settings, "adam": AdamW(**settings["adam"])}), int(content["data"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} does not say how the run was set: {error!r}") from error
+
+
+def _read_moments(path: Path, model: Model) -> Moments:
+    """InputError if they are not those of the model's tensors."""
+    stored = read_header(path)
+    table = tensor_table(model.config)
+    expected = {f"{kind}.{name}": spec.shape for kind in "mv" for name, spec in table.items()}
+    if {name: tensor.shape for name, tensor in stored.items()} != expected:
+        raise InputError(f"{path} does not belong to the model beside it")
+    m, v = ({name: np.array(mapped(stored[f"{kind}.{name}"])) for name in table} for kind in "mv")
+    return Moments(m, v)
 
 
 def restore(folder: Path) -> tuple[State, Settings, int]:
@@ -195,8 +218,6 @@ def restore(folder: Path) -> tuple[State, Settings, int]:
     if not steps:
         raise InputError(f"{folder} holds no checkpoint to resume from")
     last = folder / f"step{steps[-1]}"
-    training = read_json(last / TRAINING)
-    moments = {name: np.array(tensor.read()) for name, tensor in read_header(last / OPTIMIZER).items()}
-    m, v = ({name[2:]: array for name, array in moments.items() if name[0] == kind} for kind in "mv")
-    state = State(training["step"], own_copy(load(last, weights="stored")), Moments(m, v))
-    return state, settings_from(training["settings"]), training["data"]
+    settings, checksum = _read_training(last / TRAINING)
+    model = own_copy(load(last, weights="stored"))
+    return State(steps[-1], model, _read_moments(last / OPTIMIZER, model)), settings, checksum

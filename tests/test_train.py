@@ -252,6 +252,8 @@ def test_a_run_can_begin_with_a_model(place: Path, capsys: pytest.CaptureFixture
     (place / "wide.json").write_text(train_tokenizer([STORY], 310).to_str(), encoding="utf-8")
     wide = outcome_of([*argv[:2], place / "other", *argv[3:], "--tokenizer", place / "wide.json"], capsys)
     assert "tokens, but the model of --from knows" in complaint(wide)
+    long = outcome_of([*argv[:2], place / "other", *argv[3:], "--length", "9"], capsys)
+    assert "rows of 9 tokens, but the context of the model of --from is 8" in complaint(long)
 
 
 class Killed(BaseException):
@@ -377,6 +379,9 @@ BAD_FLAGS = {
     "--held-out nowhere": "nowhere holds no text",
     "--length 0": "length must be positive, not 0",
     "--seed x": "--seed",
+    "--seed -1": "seed must be zero or more, not -1",
+    "--warmup nan": "warmup must be zero or more, not nan",
+    "--weight-decay -0.1": "weight_decay must be zero or more, not -0.1",
 }
 
 
@@ -404,6 +409,31 @@ def test_a_run_is_resumed_as_it_was_begun(flags: str, place: Path, capsys: pytes
     (place / "text" / "c.txt").write_text(STORY)
     assert "the checksum of the text" in complaint(outcome_of([*again, "--resume"], capsys))
     assert contents(place / "run") == before
+
+
+DAMAGE = {
+    "optimizer.safetensors": (b"", "optimizer.safetensors is not a whole safetensors file"),
+    "training.json": (b"{}", "training.json does not say how the run was set: KeyError('settings')"),
+    "model.safetensors": (b"half", "model.safetensors is not a whole safetensors file"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_checkpoint_is_not_resumed(name: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_in(place)
+    content, phrase = DAMAGE[name]
+    (place / "run" / "step5" / name).write_bytes(content)
+    argv: list[str | Path] = [place / "text", "--out", place / "run", *SHORT, "--resume"]
+    assert phrase in complaint(outcome_of(argv, capsys))
+
+
+def test_moments_of_another_model_are_not_resumed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_in(place)
+    (place / "run" / "step5" / "optimizer.safetensors").write_bytes(
+        (place / "run" / "step5" / "model.safetensors").read_bytes()
+    )
+    argv: list[str | Path] = [place / "text", "--out", place / "run", *SHORT, "--resume"]
+    assert "optimizer.safetensors does not belong to the model beside it" in complaint(outcome_of(argv, capsys))
 
 
 def full_from(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
