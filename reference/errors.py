@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 
 class InputError(ValueError):
-    """A bad path, file, config, prompt or flag. Its text is one line: what was wrong and what to do."""
+    """A bad path, file, config, prompt or flag. Its text is one line: what was wrong and what to do.
+
+    Text from files, as the names of tensors, may be part of it; control characters in it are escaped.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,10 +29,37 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see --help)")
 
 
+# Files of weights are mapped into memory, and one that somebody makes shorter in the meantime has no pages to give any
+# more: the system then ends the program by SIGBUS. Python's own handlers run between two instructions of Python, which
+# such a program does not live to see; this one is called by the C library.
+LOST_PAGES = b"error: a file of weights was made shorter while it was in use: wait until it is written, start again\n"
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _end_on_lost_pages(number: int) -> None:
+    os.write(2, LOST_PAGES)
+    os._exit(2)
+
+
+@contextmanager
+def _lost_pages_explained() -> Iterator[None]:
+    if not hasattr(signal, "SIGBUS"):
+        yield
+        return
+    handle = ctypes.CDLL(None).signal
+    handle.argtypes, handle.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    before = handle(signal.SIGBUS, ctypes.cast(_end_on_lost_pages, ctypes.c_void_p))
+    try:
+        yield
+    finally:
+        handle(signal.SIGBUS, before)
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a program; end it with one line and status 2 on an InputError, 130 on Ctrl-C, quietly on a closed pipe."""
     try:
-        main()
+        with _lost_pages_explained():
+            main()
         sys.stdout.flush()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -561,7 +561,7 @@ def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
 def test_a_folder_in_the_place_of_a_file_is_refused(tmp_path: Path) -> None:
     write_config(tmp_path, SMALL)
     file_of(tmp_path).mkdir()
-    assert "is a folder" in refusal(load, tmp_path)
+    assert "Is a directory" in refusal(load, tmp_path)
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:

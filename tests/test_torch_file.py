@@ -63,7 +63,7 @@ def test_what_torch_saves_is_read(tmp_path: Path) -> None:
     }
     for protocol in (2, 4):
         torch.save(tensors, tmp_path / "x.pt", pickle_protocol=protocol)
-        read = read_torch(tmp_path / "x.pt")
+        read = read_torch(tmp_path / "x.pt").content
         for name, tensor in tensors.items():
             if isinstance(tensor, torch.Tensor):
                 expected = tensor.detach()
@@ -150,7 +150,7 @@ def test_a_tensor_reaches_nowhere_else(tmp_path: Path, shape: tuple, stride: tup
 
 def test_a_tensor_that_fits_is_taken(tmp_path: Path) -> None:
     data = np.arange(4, dtype=np.float32).tobytes()
-    read = read_torch(archive_of(tmp_path / "x.pt", tensor_call((2, 2), (1, 2)), data))
+    read = read_torch(archive_of(tmp_path / "x.pt", tensor_call((2, 2), (1, 2)), data)).content
     assert read["x"].tolist() == [[0, 2], [1, 3]]
 
 
@@ -218,7 +218,7 @@ def read_or_refused(path: Path, content: bytes) -> None:
     """No other error, and no tensor larger than the file."""
     path.write_bytes(content)
     try:
-        read = read_torch(path)
+        read = read_torch(path).content
     except InputError:
         return
     if isinstance(read, dict):

@@ -42,7 +42,7 @@ from neox.reference.checkpoint.tensors import (
     pipeline,
     tensor_table,
 )
-from neox.reference.checkpoint.torch_file import TorchTensor, read_torch, tensors_in, torch_tensors
+from neox.reference.checkpoint.torch_file import TRAINING_STATE, TorchTensor, read_torch, tensors_in, torch_tensors
 from neox.reference.config import Config, config_from_neox
 from neox.reference.errors import InputError
 from neox.reference.model import Array
@@ -71,6 +71,7 @@ RENAMED = {
     "mlp.layer_norm_weight": "post_attention_layernorm.weight",
     "mlp.layer_norm_bias": "post_attention_layernorm.bias",
 }
+EXTRA = "._extra_state"  # TransformerEngine's, for training in eight bits
 FREQUENCIES = "attention.rotary_emb.inv_freq"  # computed here, but its length tells how much of a head is rotated
 
 Layers = dict[int, dict[str, TorchTensor]]  # what one rank holds: by layer of the pipeline, under legacy names
@@ -105,7 +106,7 @@ def is_neox(folder: Path) -> bool:
 
 
 def _legacy_names(tensors: Mapping[str, TorchTensor]) -> dict[str, TorchTensor]:
-    return {RENAMED.get(name, name): tensor for name, tensor in tensors.items()}
+    return {RENAMED.get(name, name): tensor for name, tensor in tensors.items() if not name.endswith(EXTRA)}
 
 
 def _pipeline_ranks(folder: Path) -> list[Layers]:
@@ -119,14 +120,14 @@ def _pipeline_ranks(folder: Path) -> list[Layers]:
     ]
     if missing:
         raise InputError(f"{folder} lacks {enumerated(missing)}")
-    return [{layer: _legacy_names(torch_tensors(files[layer, rank])) for layer in layers} for rank in range(ranks)]
+    return [{layer: _legacy_names(torch_tensors(files[layer, rank], TRAINING_STATE)) for layer in layers} for rank in range(ranks)]
 
 
 def _sequential_rank(path: Path) -> Layers:
-    content = read_torch(path)
-    module = content.get("module") if isinstance(content, dict) else None
+    saved = read_torch(path, TRAINING_STATE)
+    module = saved.content.get("module") if isinstance(saved.content, dict) else None
     layers: Layers = {}
-    for name, tensor in tensors_in(module, path).items():
+    for name, tensor in tensors_in(module, saved.file).items():
         match = SEQUENTIAL.fullmatch(name)
         if not match:
             raise InputError(f"{path} holds {name}, which is in no layer: only sequential.{{layer}}.{{name}} is known")

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from neox.reference.checkpoint.mapped import Mapped, map_file
 from neox.reference.checkpoint.stored import SPELLED, Index, numpy_dtype
 from neox.reference.errors import InputError
 from neox.reference.model import Array
@@ -25,14 +26,19 @@ from neox.reference.model import Array
 class SafeTensor:
     """A tensor in a safetensors file (a Stored of stored.py)."""
 
-    path: Path
+    file: Mapped
     dtype: str  # as safetensors spells it: F16, BF16, ...
     shape: tuple[int, ...]
     offset: int  # in bytes, from the beginning of the file
 
+    @property
+    def path(self) -> Path:
+        return self.file.path
+
     def read(self) -> Array:
         """The tensor where it lies on disk: read-only, no copy, no more memory than the pages in use."""
-        return np.asarray(np.memmap(self.path, numpy_dtype(self), "r", self.offset, self.shape))
+        self.file.check()
+        return np.ndarray(self.shape, numpy_dtype(self), self.file.content, self.offset)
 
     def part(self, index: Index) -> Array:
         return self.read()[index]
@@ -40,8 +46,6 @@ class SafeTensor:
 
 def _check(path: Path) -> None:
     """InputError unless the library accepts the header and every tensor lies inside the file."""
-    if path.is_dir():
-        raise InputError(f"{path} is a folder, not a safetensors file")
     try:
         with safe_open(path, framework="numpy"):
             pass
@@ -54,13 +58,14 @@ def _check(path: Path) -> None:
 
 def read_header(path: Path) -> dict[str, SafeTensor]:
     """The tensors of a file by name; InputError if the file is damaged."""
+    file = map_file(path)
     _check(path)
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+    file.check()  # what the library has seen is what is mapped
+    length = int.from_bytes(file.content[:8].tobytes(), "little")
+    header = json.loads(file.content[8 : 8 + length].tobytes())
     header.pop("__metadata__", None)
     return {
-        name: SafeTensor(path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        name: SafeTensor(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
         for name, entry in header.items()
     }
 

@@ -2,8 +2,9 @@
 
 Such a file is a zip archive (torch_writer.py shows its parts) around a pickle, and a pickle is a program. Python's own
 machine for it calls whatever the file names, and reserves as much memory as the file asks for. This one knows the few
-instructions that a mapping of tensors is made of, calls nothing, and refuses everything else by name. Tensors are
-views of the mapped file: none is copied.
+instructions that a mapping of tensors is made of, calls nothing, and refuses everything else by name, or leaves a
+placeholder where the caller knows that something is there which it will not read. Tensors are views of the mapped file:
+none is copied. Nothing that a file says can make a message long or more than linear work: what is built is not printed.
 
 Files of torch before 1.6 are no zip archives; they are refused too.
 """
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from neox.reference.checkpoint.mapped import Mapped, map_file
 from neox.reference.checkpoint.stored import SPELLED, Index, dtype_named
 from neox.reference.checkpoint.torch_writer import LOCAL_HEADER
 from neox.reference.errors import InputError
@@ -41,8 +43,29 @@ STORAGES = {
 }
 
 
+# What the state of a training holds beside the weights: sizes, NumPy's random state, DeepSpeed's loss scale. And
+# TransformerEngine's own state, which lies between the weights.
+TRAINING_STATE = frozenset(
+    {
+        "torch.Size",
+        "_codecs.encode",
+        "_io.BytesIO",
+        "numpy.dtype",
+        *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")),
+        *(f"deepspeed.runtime.fp16.loss_scaler.{name}" for name in ("LossScaler", "DynamicLossScaler")),
+    }
+)
+
+INSTRUCTIONS_READ = 1 << 20  # of a pickle. A tensor takes forty; each can make a hundred bytes of one
+
+
 class Refused(Exception):
     """The file is not a mapping of tensors; the text says why."""
+
+
+def shown(name: str) -> str:
+    """What a file calls something, short enough for a message."""
+    return name if len(name) <= 80 else f"{name[:77]}..."
 
 
 # The archive.
@@ -51,21 +74,28 @@ class Refused(Exception):
 class Archive:
     """The entries of a zip file, as views of the mapped file."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._bytes = np.memmap(path, np.uint8, "r")
-        with zipfile.ZipFile(path) as archive:
+    def __init__(self, file: Mapped) -> None:
+        self.path = file.path
+        self._bytes = file.content
+        with zipfile.ZipFile(file.path) as archive:
             self._entries = {info.filename: info for info in archive.infolist()}
+        file.check()  # what zipfile has seen is what is mapped
         pickles = [name for name in self._entries if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
             raise Refused("it holds no data.pkl")
         self.root = pickles[0].removesuffix("data.pkl")
+        if "byteorder" in self and self.view("byteorder").tobytes() != b"little":
+            raise Refused("its numbers have their first byte last")
+
+    def __contains__(self, name: str) -> bool:
+        return self.root + name in self._entries
 
     def view(self, name: str) -> Array:
         """The bytes of an entry, which must lie in the file as they are."""
         info = self._entries.get(self.root + name)
         if info is None:
-            raise Refused(f"{name} is missing")
+            raise Refused(f"{shown(name)} is missing")
+        name = shown(name)
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise Refused(f"{name} is compressed or encrypted")
         header = self._slice(info.header_offset, LOCAL_HEADER).tobytes()
@@ -94,8 +124,8 @@ def _is_size(value: Any) -> bool:
 
 
 def _sizes(values: Any) -> tuple[int, ...]:
-    if not (isinstance(values, tuple) and all(map(_is_size, values)) and len(values) <= 8):
-        raise Refused(f"{values!r:.60} is no shape")
+    if not (isinstance(values, tuple) and len(values) <= 8 and all(map(_is_size, values))):
+        raise Refused("a tensor whose shape or strides are not up to eight small numbers")
     return values
 
 
@@ -131,21 +161,31 @@ class Name:
         return f"{self.module}.{self.name}"
 
 
-class Machine:
-    """Runs the instructions of one pickle. What it can build: mappings, sequences, plain values, tensors."""
+class Placeholder:
+    """Something that was not made."""
 
-    def __init__(self, archive: Archive) -> None:
+
+class Machine:
+    """Runs the instructions of one pickle. What it can build: mappings, sequences, plain values, tensors.
+
+    left_out: what it may name besides, and gets a placeholder for.
+    """
+
+    def __init__(self, archive: Archive, left_out: frozenset[str]) -> None:
         self.archive = archive
+        self.left_out = left_out
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
     def run(self) -> Any:
         content = self.archive.view("data.pkl").tobytes()
-        for opcode, argument, _ in pickletools.genops(content):
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
             if opcode.name == "STOP":
                 return self.pop()
             if opcode.name not in INSTRUCTIONS:
                 raise Refused(f"the pickle instruction {opcode.name}")
+            if count == INSTRUCTIONS_READ:
+                raise Refused(f"a pickle of more than {INSTRUCTIONS_READ} instructions")
             INSTRUCTIONS[opcode.name](self, argument)
         raise Refused("a pickle without an end")
 
@@ -162,7 +202,7 @@ class Machine:
                 return items
         raise Refused("a pickle that takes more than it has")
 
-    def top(self, kind: type) -> Any:
+    def top(self, kind: type | tuple[type, ...]) -> Any:
         if not self.stack or not isinstance(self.stack[-1], kind):
             raise Refused("a pickle that fills what it has not made")
         return self.stack[-1]
@@ -191,7 +231,7 @@ class Machine:
         if len(items) % 2:
             raise Refused("a mapping with a key that has no value")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if not isinstance(key, (str, int)):  # others could take for ever to hash
+            if not (isinstance(key, str) or _is_size(key)):  # others could take for ever to hash
                 raise Refused(f"a mapping with a {type(key).__name__} for a key")
             mapping[key] = value
 
@@ -211,15 +251,15 @@ class Machine:
     def build(self) -> None:
         """State beside the items of a mapping, as the versions of a state_dict: not needed."""
         self.pop()
-        self.top(dict)
+        self.top((dict, Placeholder))
 
     def persistent(self) -> None:
         place = self.pop()
-        if not (isinstance(place, tuple) and len(place) == 5 and place[0] == "storage"):
+        if not (isinstance(place, tuple) and len(place) == 5 and isinstance(place[1], Name)):
             raise Refused("a reference to something that is not a storage")
         kind, key = place[1], place[2]
-        if not (isinstance(kind, Name) and kind.module == "torch" and kind.name in STORAGES):
-            raise Refused(f"a storage of type {kind}"[:100])
+        if kind.module != "torch" or kind.name not in STORAGES:
+            raise Refused(f"a storage of type {shown(str(kind))}")
         if not isinstance(key, str):
             raise Refused("a storage without a name")
         self.push(Storage(STORAGES[kind.name], key))
@@ -228,9 +268,12 @@ class Machine:
         arguments, function = self.pop(), self.pop()
         if not (isinstance(function, Name) and isinstance(arguments, tuple)):
             raise Refused("a call of what is no function")
-        if str(function) not in CALLS:
-            raise Refused(f"{function}"[:100])
-        self.push(CALLS[str(function)](self.archive, arguments))
+        if str(function) in self.left_out:
+            self.push(Placeholder())
+        elif str(function) in CALLS:
+            self.push(CALLS[str(function)](self.archive, arguments))
+        else:
+            raise Refused(shown(str(function)))
 
 
 def _rebuilt(archive: Archive, arguments: tuple) -> Array:
@@ -286,7 +329,7 @@ INSTRUCTIONS: dict[str, Callable[[Machine, Any], None]] = {
     "EMPTY_LIST": _pushed(list),
     "EMPTY_TUPLE": _pushed(tuple),
     **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"), _push),
-    **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE"), _push),
+    **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE", "BINBYTES", "SHORT_BINBYTES"), _push),
     "TUPLE": lambda machine, _: machine.push(tuple(machine.pop_to_mark())),
     "TUPLE1": lambda machine, _: machine.take(1),
     "TUPLE2": lambda machine, _: machine.take(2),
@@ -301,7 +344,7 @@ INSTRUCTIONS: dict[str, Callable[[Machine, Any], None]] = {
     "GLOBAL": _name,
     "STACK_GLOBAL": lambda machine, _: machine.stack_global(),
     "BINPERSID": lambda machine, _: machine.persistent(),
-    "REDUCE": lambda machine, _: machine.reduce(),
+    **dict.fromkeys(("REDUCE", "NEWOBJ"), lambda machine, _: machine.reduce()),
     "BUILD": lambda machine, _: machine.build(),
 }
 
@@ -311,38 +354,50 @@ INSTRUCTIONS: dict[str, Callable[[Machine, Any], None]] = {
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how files of torch before 1.6 begin; those before 0.1 are tar
 
 
-def _what_it_is(path: Path) -> str:
+def _what_it_is(file: Mapped) -> str:
     """Of a file that is no zip archive."""
-    with path.open("rb") as file:
-        beginning = file.read(512)
+    beginning = file.content[:512].tobytes()
     if beginning.startswith(LEGACY) or beginning[257:262] == b"ustar":
         return "was saved by torch before 1.6: load it with torch and save it again"
     return "is not a whole file of torch: download it again"
 
 
-def read_torch(path: Path) -> Any:
-    """What was saved: mappings, sequences, plain values, and tensors as read-only views of the mapped file.
+@dataclass(frozen=True)
+class Saved:
+    """content: mappings, sequences, plain values, and tensors as read-only views of the mapped file."""
+
+    file: Mapped
+    content: Any
+
+
+def read_torch(path: Path, left_out: frozenset[str] = frozenset()) -> Saved:
+    """What was saved. left_out: names of what may be there and is not made.
 
     InputError if there is no such file, it is damaged, or it holds anything else.
     """
+    file = map_file(path)
     try:
-        return Machine(Archive(path)).run()
+        return Saved(file, Machine(Archive(file), left_out).run())
+    except InputError:
+        raise
     except Refused as reason:
         raise InputError(f"{path} is refused: {reason}") from reason
     except zipfile.BadZipFile as error:
-        raise InputError(f"{path} {_what_it_is(path)}") from error
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+        raise InputError(f"{path} {_what_it_is(file)}") from error
     except (ValueError, OverflowError, NotImplementedError, struct.error) as error:  # a pickle or an archive cut short
-        raise InputError(f"{path} is not a whole file of torch ({error}): download it again") from error
+        raise InputError(f"{path} is not a whole file of torch ({shown(str(error))}): download it again") from error
 
 
 @dataclass(frozen=True)
 class TorchTensor:
     """A tensor in a file of torch (a Stored of stored.py)."""
 
-    path: Path
+    file: Mapped
     array: Array
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
 
     @property
     def dtype(self) -> str:
@@ -353,19 +408,21 @@ class TorchTensor:
         return self.array.shape
 
     def read(self) -> Array:
+        self.file.check()
         return self.array
 
     def part(self, index: Index) -> Array:
-        return self.array[index]
+        return self.read()[index]
 
 
-def tensors_in(content: Any, path: Path) -> dict[str, TorchTensor]:
+def tensors_in(content: Any, file: Mapped) -> dict[str, TorchTensor]:
     """The tensors of a mapping; what else it holds is left out. InputError if it is no mapping."""
     if not isinstance(content, dict):
-        raise InputError(f"{path} is refused: it holds no mapping of tensors")
-    return {str(name): TorchTensor(path, value) for name, value in content.items() if isinstance(value, np.ndarray)}
+        raise InputError(f"{file.path} is refused: it holds no mapping of tensors")
+    return {str(name): TorchTensor(file, value) for name, value in content.items() if isinstance(value, np.ndarray)}
 
 
-def torch_tensors(path: Path) -> dict[str, TorchTensor]:
+def torch_tensors(path: Path, left_out: frozenset[str] = frozenset()) -> dict[str, TorchTensor]:
     """The tensors of a file by name; InputError as of read_torch."""
-    return tensors_in(read_torch(path), path)
+    saved = read_torch(path, left_out)
+    return tensors_in(saved.content, saved.file)
