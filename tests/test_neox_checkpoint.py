@@ -301,9 +301,10 @@ MISTAKES = [
     ('total if self.sharding == "summed"', 'arrays[0] if self.sharding == "summed"'),
     ("found.append(part.part(", "found.insert(0, part.part("),
     ("total / len(arrays))", "arrays[0])"),
-    ("rows.append(weight * gain)", "rows.append(weight)"),
-    ("return np.concatenate([weight @ shift + bias.read()", "return np.concatenate([bias.read()"),
-    ("rows[-1] += ((weight @ shift - weight @ gain) / gain.size)", "rows[-1] += ((weight @ shift) / gain.size)"),
+    ("folded = weight * gain", "folded = weight"),
+    ("[weight @ shift + self.bias.part((rows,))", "[self.bias.part((rows,))"),
+    ("self.bias.part((rows,)) for", "self.bias.part((slice(0, 1),)) for"),
+    ("result[name] = stored.parts[rank]", "result[name] = stored"),
     ("result[name] = stored.parts[rank]", "result[name] = stored.parts[0]"),
 ]
 

@@ -22,8 +22,9 @@ Sources: tools/ckpts/convert_neox_to_hf.py, megatron/model/gpt2_model.py of Eleu
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ import numpy as np
 import yaml
 
 from neox.reference.checkpoint.huggingface import check_table, enumerated
-from neox.reference.checkpoint.stored import Index, Stored, numpy_dtype
+from neox.reference.checkpoint.stored import NAMES, Index, Stored, dtype_named, numpy_dtype, whole
 from neox.reference.checkpoint.tensors import (
     AXES,
     EMBED_IN,
@@ -157,6 +158,9 @@ def read_ranks(folder: Path) -> tuple[str, list[Layers]]:
 # The config.
 
 
+PLAIN = (str, int, float, type(None))
+
+
 class Loader(yaml.SafeLoader):
     """Of plain values only, and to which 1e-5 is a number, as in JSON: to yaml of before 2009 it is text."""
 
@@ -175,7 +179,8 @@ def _yaml(path: Path) -> Mapping[str, Any]:
         raise InputError(f"{path} is not valid yaml: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold a mapping, not {type(content).__name__}")
-    return {str(key): value for key, value in content.items()}
+    # Everything here is a number, a word or yes or no; the rest is not looked into, for it may refer to itself.
+    return {str(key): value if isinstance(value, PLAIN) else type(value) for key, value in content.items()}
 
 
 def _settings(folder: Path) -> tuple[list[Path], dict[str, Any]]:
@@ -231,9 +236,6 @@ def _config(folder: Path, ranks: Sequence[Layers], overrides: Mapping[str, Any])
 
 # Merging.
 
-DRIFT = 0.5  # of its length: norms of one model differ by less than a hundredth
-
-
 @dataclass(frozen=True)
 class Merged:
     """A tensor from what every rank holds of it (a Stored of stored.py)."""
@@ -257,7 +259,7 @@ class Merged:
         return tuple(shape)
 
     def read(self) -> Array:
-        return self.part(tuple(slice(0, length) for length in self.shape))
+        return self.part(whole(self.shape))
 
     def part(self, index: Index) -> Array:
         if self.sharding in AXES:
@@ -266,7 +268,8 @@ class Merged:
         if len(arrays) == 1 or (self.sharding == "replicated" and all(np.array_equal(a, arrays[0]) for a in arrays)):
             return arrays[0]
         total = np.sum([array.astype(np.float64) for array in arrays], axis=0)
-        return (total if self.sharding == "summed" else total / len(arrays)).astype(arrays[0].dtype)
+        with np.errstate(over="ignore"):  # who reads it finds out that it is not finite
+            return (total if self.sharding == "summed" else total / len(arrays)).astype(arrays[0].dtype)
 
     def _joined(self, index: Index) -> Array:
         """Reads no more than the ranks' parts that reach into the index."""
@@ -288,7 +291,7 @@ def _merged(ranks: Sequence[Layers], config: Config, folder: Path) -> dict[str, 
     for layer, names in _held_names(ranks, config).items():
         for own, name in names.items():
             parts = [rank[layer][own] for rank in ranks if own in rank.get(layer, {})]
-            _check_alike(name, parts, len(ranks), table.get(name))
+            _check_alike(name, parts, len(ranks))
             tensors[name] = Merged(table[name].sharding if name in table else "replicated", tuple(parts))
     return tensors
 
@@ -305,7 +308,7 @@ def _held_names(ranks: Sequence[Layers], config: Config) -> dict[int, dict[str, 
     }
 
 
-def _check_alike(name: str, parts: Sequence[TorchTensor], ranks: int, spec: TensorSpec | None) -> None:
+def _check_alike(name: str, parts: Sequence[TorchTensor], ranks: int) -> None:
     """InputError if the parts cannot be those of one model."""
     if len(parts) != ranks:
         raise InputError(f"{parts[0].path} holds {name}, which {ranks - len(parts)} of the {ranks} ranks lack")
@@ -314,74 +317,11 @@ def _check_alike(name: str, parts: Sequence[TorchTensor], ranks: int, spec: Tens
         if (part.shape, part.dtype) != (first.shape, first.dtype):
             what = f"{list(part.shape)} in {part.dtype}, in {first.path.name} {list(first.shape)} in {first.dtype}"
             raise InputError(f"{part.path} is of another model: {name} is {what}")
-    if spec is not None and spec.sharding == "replicated" and name.endswith("weight"):
-        _check_drift(name, parts)
 
 
-def _check_drift(name: str, parts: Sequence[TorchTensor]) -> None:
-    first = parts[0].read().astype(np.float64)
-    for part in parts[1:]:
-        distance = np.linalg.norm(part.read().astype(np.float64) - first)
-        if not distance <= DRIFT * np.linalg.norm(first):
-            raise InputError(f"{part.path} is of another model: {name} is far from that of {parts[0].path.name}")
+# Norms.
 
-
-# Norms, exactly.
-
-
-@dataclass(frozen=True)
-class Made:
-    """A tensor that is computed from others (a Stored of stored.py)."""
-
-    path: Path
-    dtype: str
-    shape: tuple[int, ...]
-    fold: Fold | None  # what it is made from; None: the same number everywhere
-    value: float = 0
-
-    def read(self) -> Array:
-        if self.fold is None:
-            return np.full(self.shape, self.value, numpy_dtype(self))
-        made = self.fold.bias() if len(self.shape) == 1 else self.fold.weight()
-        return made.astype(numpy_dtype(self))
-
-    def part(self, index: Index) -> Array:
-        return self.read()[index]
-
-
-@dataclass(frozen=True)
-class Fold:
-    """One matrix that reads a norm, with its bias if it has one, and the norm as each rank has it.
-
-        W (g n + b) + c  =  (W diag(g)) n + (W b + c)
-
-    n, the normalized input, sums to zero. Where there is no bias to take W b up, the norm keeps a bias of ones and the
-    matrix gets a number more in all of a row, which n does not see and the ones do:
-
-        W' = W diag(g) + u 1^T,   u = (W b - W g) / C,   W' (n + 1) = W g n + W g + C u = W g n + W b
-    """
-
-    weights: tuple[Stored, ...]
-    biases: tuple[Stored, ...] | None
-    gains: tuple[Stored, ...]
-    shifts: tuple[Stored, ...]
-
-    def _ranks(self) -> list[tuple[Array, Array, Array]]:
-        read = zip(self.weights, self.gains, self.shifts, strict=True)
-        return [tuple(stored.read().astype(np.float64) for stored in rank) for rank in read]  # type: ignore[misc]
-
-    def weight(self) -> Array:
-        rows = []
-        for weight, gain, shift in self._ranks():
-            rows.append(weight * gain)
-            if self.biases is None:
-                rows[-1] += ((weight @ shift - weight @ gain) / gain.size)[:, None]
-        return np.concatenate(rows)
-
-    def bias(self) -> Array:
-        assert self.biases is not None
-        pairs = zip(self._ranks(), self.biases, strict=True)
-        return np.concatenate([weight @ shift + bias.read() for (weight, _, shift), bias in pairs])
+DRIFT = 0.25  # of their length: those of one model differ by less than a hundredth, those of two by far more
 
 
 def _readers(config: Config) -> dict[str, str]:
@@ -400,26 +340,113 @@ def _parts(tensors: Mapping[str, Stored], name: str) -> tuple[Stored, ...]:
     return tensor.parts if isinstance(tensor, Merged) else ()
 
 
-def folded(config: Config, tensors: Mapping[str, Stored]) -> tuple[Config, dict[str, Stored]]:
-    """The same model with norms that only normalize, exactly. A tied head is untied, for it changes.
+def check_drift(config: Config, tensors: Mapping[str, Stored]) -> None:
+    """InputError if the norms of two ranks are so far apart that they cannot be of one model."""
+    for norm in _readers(config):
+        pairs = zip(_parts(tensors, f"{norm}.weight"), _parts(tensors, f"{norm}.bias"), strict=True)
+        ranks = [(gain, np.concatenate([gain.read(), shift.read()]).astype(np.float64)) for gain, shift in pairs]
+        first, length = ranks[0][1], np.linalg.norm(ranks[0][1])
+        for gain, numbers in ranks[1:]:
+            if not np.linalg.norm(numbers - first) <= DRIFT * length:
+                raise InputError(f"{gain.path} is of another model: {norm} is far from that of {ranks[0][0].path.name}")
+
+
+# Norms, exactly.
+
+ROWS = 2048  # of a matrix in float64 at a time: 100 MB of the 20B's
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A tensor that is computed from others, any part of it (a Stored of stored.py)."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    compute: Callable[[Index], Array]
+
+    def read(self) -> Array:
+        return self.part(whole(self.shape))
+
+    def part(self, index: Index) -> Array:
+        return self.compute(index).astype(numpy_dtype(self), copy=False)
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What a rank holds of a matrix that reads a norm, of its bias if it has one, and of the norm.
+
+        W (g n + b) + c  =  (W diag(g)) n + (W b + c)
+
+    n, the normalized input, sums to zero. Where there is no bias to take W b up, the norm keeps a bias of ones and the
+    matrix gets a number more in all of a row, which n does not see and the ones do:
+
+        W' = W diag(g) + u 1^T,   u = (W b - W g) / C,   W' (n + 1) = W g n + W g + C u = W g n + W b
+    """
+
+    weight: Stored
+    bias: Stored | None
+    gain: Stored
+    shift: Stored
+
+    def _rows(self, index: Index) -> Iterator[tuple[slice, Array]]:
+        """All of each row, in float64."""
+        for start in range(index[0].start, index[0].stop, ROWS):
+            rows = slice(start, min(start + ROWS, index[0].stop))
+            yield rows, self.weight.part((rows, slice(0, self.weight.shape[1]))).astype(np.float64)
+
+    def matrix(self, dtype: np.dtype, index: Index) -> Array:
+        gain, shift = self.gain.read().astype(np.float64), self.shift.read().astype(np.float64)
+        made = []
+        for _, weight in self._rows(index):
+            folded = weight * gain
+            if self.bias is None:
+                folded += (weight @ (shift - gain) / gain.size)[:, None]
+            made.append(folded[:, index[1]].astype(dtype))
+        return np.concatenate(made)
+
+    def vector(self, index: Index) -> Array:
+        assert self.bias is not None
+        shift = self.shift.read().astype(np.float64)
+        return np.concatenate([weight @ shift + self.bias.part((rows,)) for rows, weight in self._rows(index)])
+
+
+def _folded_reader(folds: Sequence[Fold]) -> tuple[Stored, Stored | None]:
+    """The matrix that reads a norm, and its bias: of each rank, end to end.
 
     In float32 from half precision, whose products it holds exactly, and else in float64.
     """
+    weights: list[Stored] = []
+    biases: list[Stored] = []
+    for fold in folds:
+        path, shape = fold.weight.path, fold.weight.shape
+        dtype = "F32" if fold.weight.dtype in ("F16", "BF16") else "F64"
+        weights.append(Computed(path, dtype, shape, partial(fold.matrix, dtype_named(NAMES[dtype], path))))
+        if fold.bias is not None:
+            biases.append(Computed(path, dtype, shape[:1], fold.vector))
+    return Merged("column", tuple(weights)), Merged("column", tuple(biases)) if biases else None
+
+
+def _constant(like: Stored, value: float) -> Computed:
+    return Computed(like.path, like.dtype, like.shape, lambda index: np.full(index[0].stop - index[0].start, value))
+
+
+def folded(config: Config, tensors: Mapping[str, Stored]) -> tuple[Config, dict[str, Stored]]:
+    """The same model with norms that only normalize, exactly. A tied head is untied, for it changes."""
     result: dict[str, Stored] = dict(tensors)
     if config.tie_word_embeddings:
         result[EMBED_OUT] = tensors[EMBED_IN]
     for norm, reader in _readers(config).items():
-        weight, bias, gain, shift = (
+        weights, biases, gains, shifts = (
             _parts(result, f"{name}.{kind}") for name in (reader, norm) for kind in ("weight", "bias")
         )
-        fold = Fold(weight, bias or None, gain, shift)
-        source = result[f"{reader}.weight"]
-        dtype = "F32" if source.dtype in ("F16", "BF16") else "F64"
-        result[f"{reader}.weight"] = Made(source.path, dtype, source.shape, fold)
-        if bias:
-            result[f"{reader}.bias"] = Made(source.path, dtype, source.shape[:1], fold)
-        result[f"{norm}.weight"] = Made(source.path, dtype, source.shape[1:], None, 1)
-        result[f"{norm}.bias"] = Made(source.path, dtype, source.shape[1:], None, 0 if bias else 1)
+        each = zip(weights, biases or [None] * len(weights), gains, shifts, strict=True)
+        weight, bias = _folded_reader([Fold(*rank) for rank in each])
+        result[f"{reader}.weight"] = weight
+        if bias is not None:
+            result[f"{reader}.bias"] = bias
+        result[f"{norm}.weight"] = _constant(gains[0], 1)
+        result[f"{norm}.bias"] = _constant(shifts[0], 1 if bias is None else 0)
     return replace(config, tie_word_embeddings=False), result
 
 
@@ -444,6 +471,7 @@ def open_neox(
     config = replace(_config(step, held, overrides), **overrides)
     tensors = _merged(held, config, step)
     check_table(step, config, tensors)
+    check_drift(config, tensors)
     if norms == "fold":
         config, tensors = folded(config, tensors)
     if norms == "per_rank":

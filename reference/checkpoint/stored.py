@@ -18,7 +18,11 @@ WEIGHT_DTYPES = ("F16", "BF16", "F32", "F64")  # as safetensors spells them
 NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 SPELLED = {name: spelled for spelled, name in NAMES.items()}
 
-Index = tuple[slice, ...]
+Index = tuple[slice, ...]  # for each axis, with its start and its stop
+
+
+def whole(shape: tuple[int, ...]) -> Index:
+    return tuple(slice(0, length) for length in shape)
 
 
 class Stored(Protocol):
