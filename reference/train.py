@@ -208,7 +208,7 @@ def _read_moments(path: Path, model: Model) -> Moments:
     expected = {f"{kind}.{name}": spec.shape for kind in "mv" for name, spec in table.items()}
     if {name: tensor.shape for name, tensor in stored.items()} != expected:
         raise InputError(f"{path} does not belong to the model beside it")
-    m, v = ({name: np.array(mapped(stored[f"{kind}.{name}"])) for name in table} for kind in "mv")
+    m, v = ({name: np.array(stored[f"{kind}.{name}"].read()) for name in table} for kind in "mv")
     return Moments(m, v)
 
 

@@ -46,7 +46,9 @@ def test_links_lead_to_files() -> None:
 
 def test_every_kernel_is_in_the_table() -> None:
     files = {path.name for path in (ROOT / "gpu" / "kernels").glob("*.cu")}
-    assert files == set(re.findall(r"^\| \[\w+\]\(kernels/(\w+\.cu)\)", TEXT.partition("<!-- kernels -->")[0], re.MULTILINE))
+    assert files == set(
+        re.findall(r"^\| \[\w+\]\(kernels/(\w+\.cu)\)", TEXT.partition("<!-- kernels -->")[0], re.MULTILINE)
+    )
 
 
 def test_the_mutants_are_counted() -> None:

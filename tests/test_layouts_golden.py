@@ -12,7 +12,6 @@ import pytest
 from strategies import checksum
 from torch_files import ARCHIVE, SMALL, assert_is, rounded_model
 
-
 RANKS = [f"{form} of {ranks}" for form in ("layer files", "sequential") for ranks in (1, 2, 4)]
 OTHERS = ["safetensors", "safetensors in shards", "bin", "bin in shards", "linear1", "transformer engine"]
 

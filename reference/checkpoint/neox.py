@@ -121,7 +121,10 @@ def _pipeline_ranks(folder: Path) -> list[Layers]:
     ]
     if missing:
         raise InputError(f"{folder} lacks {enumerated(missing)}")
-    return [{layer: _legacy_names(torch_tensors(files[layer, rank], TRAINING_STATE)) for layer in layers} for rank in range(ranks)]
+    return [
+        {layer: _legacy_names(torch_tensors(files[layer, rank], TRAINING_STATE)) for layer in layers}
+        for rank in range(ranks)
+    ]
 
 
 def _sequential_rank(path: Path) -> Layers:
@@ -235,6 +238,7 @@ def _config(folder: Path, ranks: Sequence[Layers], overrides: Mapping[str, Any])
 
 
 # Merging.
+
 
 @dataclass(frozen=True)
 class Merged:
