@@ -35,10 +35,12 @@ class Parser(argparse.ArgumentParser):
 LOST_PAGES = b"error: a file of weights was made shorter while it was in use: wait until it is written, start again\n"
 
 
-@ctypes.CFUNCTYPE(None, ctypes.c_int)
 def _end_on_lost_pages(number: int) -> None:
     os.write(2, LOST_PAGES)
     os._exit(2)
+
+
+_ON_LOST_PAGES = ctypes.CFUNCTYPE(None, ctypes.c_int)(_end_on_lost_pages)
 
 
 @contextmanager
@@ -48,7 +50,7 @@ def _lost_pages_explained() -> Iterator[None]:
         return
     handle = ctypes.CDLL(None).signal
     handle.argtypes, handle.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
-    before = handle(signal.SIGBUS, ctypes.cast(_end_on_lost_pages, ctypes.c_void_p))
+    before = handle(signal.SIGBUS, ctypes.cast(_ON_LOST_PAGES, ctypes.c_void_p))
     try:
         yield
     finally:

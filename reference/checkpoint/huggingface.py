@@ -39,6 +39,7 @@ ReadFile = Callable[[Path], Mapping[str, Stored]]
 
 
 def enumerated(names: Iterable[str]) -> str:
+    """With commas; of many, the first and how many more."""
     every = list(names)
     more = f" and {len(every) - LISTED} more" if len(every) > LISTED else ""
     return ", ".join(every[:LISTED]) + more

@@ -257,6 +257,7 @@ class Merged:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of the whole."""
         shape = list(self.parts[0].shape)
         if self.sharding in AXES and len(shape) > AXES[self.sharding]:
             shape[AXES[self.sharding]] = sum(part.shape[AXES[self.sharding]] for part in self.parts)
@@ -266,6 +267,7 @@ class Merged:
         return self.part(whole(self.shape))
 
     def part(self, index: Index) -> Array:
+        """By the rule of its kind, from no more than the index asks for."""
         if self.sharding in AXES:
             return self._joined(index)
         arrays = [part.part(index) for part in self.parts]
@@ -400,6 +402,7 @@ class Fold:
             yield rows, self.weight.part((rows, slice(0, self.weight.shape[1]))).astype(np.float64)
 
     def matrix(self, dtype: np.dtype, index: Index) -> Array:
+        """W', or a part of it."""
         gain, shift = self.gain.read().astype(np.float64), self.shift.read().astype(np.float64)
         made = []
         for _, weight in self._rows(index):
@@ -410,6 +413,7 @@ class Fold:
         return np.concatenate(made)
 
     def vector(self, index: Index) -> Array:
+        """W b + c, or a part of it."""
         assert self.bias is not None
         shift = self.shift.read().astype(np.float64)
         return np.concatenate([weight @ shift + self.bias.part((rows,)) for rows, weight in self._rows(index)])

@@ -33,6 +33,8 @@ class OutputFile:
 
 
 def text_file(name: str, text: str) -> OutputFile:
+    """In UTF-8."""
+
     def write(path: Path, progress: Progress) -> None:
         path.write_text(text, encoding="utf-8")
 
@@ -44,6 +46,8 @@ def json_file(name: str, content: Mapping[str, Any]) -> OutputFile:
 
 
 def copied_file(name: str, source: Path) -> OutputFile:
+    """The same bytes as another file, without its permissions."""
+
     def write(path: Path, progress: Progress) -> None:
         shutil.copyfile(source, path)
 

@@ -55,6 +55,7 @@ def numpy_dtype(stored: Stored) -> np.dtype:
 
 
 def dtype_named(name: str, path: Path) -> np.dtype:
+    """As numpy_dtype, of a name of NumPy's."""
     if name != "bfloat16":
         return np.dtype(name)
     try:

@@ -178,6 +178,7 @@ class Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self) -> Any:
+        """What the pickle leaves when it stops."""
         content = self.archive.view("data.pkl").tobytes()
         for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
             if opcode.name == "STOP":
@@ -190,11 +191,13 @@ class Machine:
         raise Refused("a pickle without an end")
 
     def pop(self) -> Any:
+        """The topmost value, which must not be a mark."""
         if not self.stack or self.stack[-1] is MARK:
             raise Refused("a pickle that takes more than it has")
         return self.stack.pop()
 
     def pop_to_mark(self) -> list[Any]:
+        """All values above the last mark, which goes too."""
         for depth, value in enumerate(reversed(self.stack)):
             if value is MARK:
                 items = self.stack[len(self.stack) - depth :]
@@ -203,6 +206,7 @@ class Machine:
         raise Refused("a pickle that takes more than it has")
 
     def top(self, kind: type | tuple[type, ...]) -> Any:
+        """The topmost value, which stays, to be filled."""
         if not self.stack or not isinstance(self.stack[-1], kind):
             raise Refused("a pickle that fills what it has not made")
         return self.stack[-1]
@@ -217,16 +221,19 @@ class Machine:
         self.push(tuple(reversed(items)))
 
     def recall(self, index: int) -> None:
+        """PUT's counterpart: a value that was kept."""
         if index not in self.memo:
             raise Refused("a pickle that recalls what it has not kept")
         self.push(self.memo[index])
 
     def keep(self, index: int) -> None:
+        """The topmost value, under a number."""
         value = self.pop()
         self.push(value)
         self.memo[index] = value
 
     def set_items(self, items: list[Any]) -> None:
+        """Keys and values in turn into the mapping on top."""
         mapping = self.top(dict)
         if len(items) % 2:
             raise Refused("a mapping with a key that has no value")
@@ -243,6 +250,7 @@ class Machine:
         self.set_items([key, value])
 
     def stack_global(self) -> None:
+        """A name whose two parts are on the stack."""
         name, module = self.pop(), self.pop()
         if not (isinstance(name, str) and isinstance(module, str)):
             raise Refused("a pickle that names what is not text")
@@ -254,6 +262,7 @@ class Machine:
         self.top((dict, Placeholder))
 
     def persistent(self) -> None:
+        """A reference to a storage in the archive."""
         place = self.pop()
         if not (isinstance(place, tuple) and len(place) == 5 and isinstance(place[1], Name)):
             raise Refused("a reference to something that is not a storage")
@@ -265,6 +274,7 @@ class Machine:
         self.push(Storage(STORAGES[kind.name], key))
 
     def reduce(self) -> None:
+        """A call, of one of the few functions that stand for torch's."""
         arguments, function = self.pop(), self.pop()
         if not (isinstance(function, Name) and isinstance(arguments, tuple)):
             raise Refused("a call of what is no function")
