@@ -1,4 +1,4 @@
-"""gpu/README.md is true: its command runs and prints what the reference does, its links lead somewhere, its count counts."""
+"""gpu/README.md is true: its commands, its links, its counts."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
     python tests/golden/make_torch_files.py
 
-torch_files.tar.xz holds a folder for each layout, with the same numbers in all, and answers.npz: the config, the seed from
-which the test draws the same weights (a checksum says whether it did), ids, and the logits of transformers.
+torch_files.tar.xz holds a folder for each layout, with the same numbers in all, and answers.npz: the config, the seed
+from which the test draws the same weights (a checksum says whether it did), ids, and the logits of transformers.
 """
 
 from __future__ import annotations
