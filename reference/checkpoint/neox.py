@@ -110,6 +110,10 @@ def _legacy_names(tensors: Mapping[str, TorchTensor]) -> dict[str, TorchTensor]:
     return {RENAMED.get(name, name): tensor for name, tensor in tensors.items() if not name.endswith(EXTRA)}
 
 
+def _layer(path: Path) -> dict[str, TorchTensor]:
+    return _legacy_names(torch_tensors(path, TRAINING_STATE))
+
+
 def _pipeline_ranks(folder: Path) -> list[Layers]:
     """From a file for each layer and rank. InputError lists those that are missing in between."""
     files = {(int(match[1]), int(match[2])): path for path, match in _rank_files(folder, LAYER_FILE)}
