@@ -6,6 +6,7 @@ Before anything is read, all ranks have to agree: that the files are whole, and 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,26 @@ def _check_same(comm: Communicator, own: int) -> None:
         raise AgreedError(f"rank {other[0]} of {comm.ranks} sees another checkpoint, or config, than rank 0")
 
 
+def _open_alike(
+    comm: Communicator,
+    path: str | Path,
+    dtype: str,
+    revision: str | None,
+    layer_norms: str,
+    overrides: Mapping[str, Any],
+) -> Opened:
+    """The headers, if they are in order on every rank, and of one checkpoint."""
+
+    def open_here() -> tuple[Opened, int]:
+        opened = open_model(path, dtype, revision, layer_norms, comm.rank, comm.ranks, **overrides)
+        check_ranks(opened.config, comm.ranks)
+        return opened, fingerprint(opened, layer_norms == "per_rank")
+
+    opened, own = agreed(comm, open_here)
+    _check_same(comm, own)
+    return opened
+
+
 def load(
     path: str | Path,
     comm: Communicator,
@@ -77,21 +98,12 @@ def load(
     if backend not in BACKENDS:
         raise InputError(f"backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
     agreed(comm, lambda: find(path, revision) if comm.rank == 0 else None)  # if it is downloaded, then once
-
-    def open_here() -> tuple[Opened, int]:
-        opened = open_model(path, dtype, revision, layer_norms, comm.rank, comm.ranks, **overrides)
-        check_ranks(opened.config, comm.ranks)
-        return opened, fingerprint(opened, layer_norms == "per_rank")
-
-    opened, own = agreed(comm, open_here)
-    _check_same(comm, own)
+    opened = _open_alike(comm, path, dtype, revision, layer_norms, overrides)
     # Decided once: the memory that is available changes while ranks look.
     upcast = comm.broadcast(agreed(comm, lambda: comm.rank == 0 and converts(opened, weights)))
     read = reader(opened.tensors, opened.dtype, upcast)
-    total = opened.size // comm.ranks
-    with tqdm(
-        total=total, desc="loading", unit="weights", unit_scale=True, disable=hides_progress(comm), leave=False
-    ) as bar:
+    size, hidden = opened.size // comm.ranks, hides_progress(comm)
+    with tqdm(total=size, desc="loading", unit="weights", unit_scale=True, disable=hidden, leave=False) as bar:
 
         def get(spec: TensorSpec) -> Array:
             array = read(spec, slices(spec, comm.rank, comm.ranks))
