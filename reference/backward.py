@@ -112,10 +112,10 @@ ACTIVATIONS = {"gelu": gelu, "gelu_fast": gelu_fast}
 
 
 def softmax(dy: Array, y: Array) -> Array:
-    """dx = y (dy - sum(dy y)), over the last axis. Where y is 0, as in the future of a query, so is dx."""
-    dx = dy - np.einsum("...s,...s->...", dy, y)[..., None]
-    dx *= y
-    return dx
+    """dx = y (dy - sum(dy y)), over the last axis, in the place of dy. Where y is 0, as in the future, so is dx."""
+    dy -= np.einsum("...s,...s->...", dy, y)[..., None]
+    dy *= y
+    return dy
 
 
 def apply_rotary(dy: Array, cos: Array, sin: Array) -> Array:  # (B,H,T,D) -> (B,H,T,D)
@@ -133,8 +133,10 @@ def attend(dz: Array, q: Array, k: Array, v: Array, pattern: Array) -> tuple[Arr
     """
     dv = pattern.swapaxes(-1, -2) @ dz
     dscores = softmax(dz @ v.swapaxes(-1, -2), pattern)
-    dscores /= math.sqrt(q.shape[-1])
-    return dscores @ k, dscores.swapaxes(-1, -2) @ q, dv
+    dq, dk = dscores @ k, dscores.swapaxes(-1, -2) @ q
+    dq /= math.sqrt(q.shape[-1])
+    dk /= math.sqrt(q.shape[-1])
+    return dq, dk, dv
 
 
 def attention(dy: Array, x: Array, kept: Kept, p: Attention, rotary: Rotary) -> tuple[Array, Attention]:
