@@ -24,8 +24,16 @@ NEEDS_A_DOWNLOAD = [
     'python examples/generate.py --model pythia-160m --prompt "The capital of France is"',
     'python examples/generate.py --model pythia-160m --revision step1000 --prompt "The capital of France is"',
     'python examples/generate.py --model gpt-neox-20b --weights stored --prompt "The capital of France is"',
+    "python examples/inspect_checkpoint.py pythia-160m",
+    "python examples/convert.py pythia-160m pythia-160m-neox --to neox --ranks 2",
 ]
-IN_ANOTHER_TEST = {"python examples/benchmark.py --backend reference": "test_benchmark.py"}
+IN_ANOTHER_TEST = {
+    "python examples/benchmark.py --backend reference": "test_benchmark.py",
+    "python examples/benchmark.py --train": "test_benchmark.py",
+    'python examples/generate.py --tensor-parallel 4 --prompt "Once upon a time"': "test_launch.py",
+    'mpiexec -n 4 python examples/generate.py --tensor-parallel --prompt "Once upon a time"': "test_launch.py",
+    "python examples/train.py path/to/texts --out run --steps 2000": "test_train.py",
+}
 
 
 def blocks(language: str) -> list[str]:
@@ -108,7 +116,7 @@ def test_the_tree_names_what_is_there_and_nothing_else() -> None:
     rooms = {path for path in (ROOT / "reference").iterdir() if path.suffix == ".py" or path.is_dir()}
     assert rooms - named <= {ROOT / "reference" / "__init__.py", ROOT / "reference" / "__pycache__"}
     examples = {path.name for path in (ROOT / "examples").glob("*.py")}
-    assert examples == set(re.findall(r"[a-z]+\.py", tree.split("\nexamples/")[1].splitlines()[0]))
+    assert examples == set(re.findall(r"[a-z_]+\.py", tree.split("\nexamples/")[1].splitlines()[0]))
 
 
 def test_the_mutants_are_counted() -> None:
