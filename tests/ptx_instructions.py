@@ -74,7 +74,17 @@ def fused_multiply_add(m: Machine, i: Instruction) -> None:
     m.write(i.operands[0], rounded)
 
 
+def convert_pair(m: Machine, i: Instruction) -> None:
+    """cvt.rn.f16x2.f32 d, a, b: b is the lower half of d."""
+    only(i, "rn", "f16x2", "bf16x2")
+    dtype = {"f16x2": np.float16, "bf16x2": bfloat16}[i.modifiers[-2]]
+    b, a = (m.read(operand, "f32").astype(dtype).view(np.uint16) for operand in i.operands[:0:-1])
+    m.write(i.operands[0], np.stack([b, a], axis=1).view(np.uint32)[:, 0])
+
+
 def convert(m: Machine, i: Instruction) -> None:
+    if i.modifiers[-2].endswith("x2"):
+        return convert_pair(m, i)
     only(i, "rn", "rzi", "ftz", "sat")
     to, source = i.modifiers[-2:]
     value = m.read(i.operands[1], source)
@@ -260,7 +270,7 @@ OPERATIONS: dict[str, Callable[[Machine, Instruction], None]] = {
     "ld": load,
     "ldmatrix": load_matrix,
     "mad": elementwise(lambda a, b, c: a * b + c),
-    "max": elementwise(np.fmax),
+    "max": elementwise(np.fmax),  # of a number and NaN, the number
     "min": elementwise(np.fmin),
     "mma": multiply_matrices,
     "mov": move,

@@ -33,9 +33,10 @@
 constexpr int PREFILL_THREADS = 128;
 
 template <int D> struct Shape {
-    static constexpr int STEPS = (D + 15) / 16;      // of 16 dims
-    static constexpr int PITCH = 16 * STEPS + 8;     // of a row in shared memory
-    static constexpr int KEYS = D <= 128 ? 64 : 16;  // that a thread's registers can take
+    static constexpr int STEPS = (D + 15) / 16;                   // of 16 dims
+    static constexpr int PITCH = 16 * STEPS + 8;                  // of a row in shared memory
+    static constexpr int KEYS = D <= 128 ? 64 : 16;               // whose scores a thread's registers can take
+    static constexpr int BLOCKS = D <= 64 ? 4 : D <= 96 ? 3 : 2;  // on a multiprocessor: 128, 168 or 255 registers
 };
 
 // Lane l holds rows l/4 and l/4 + 8 of its warp's 16 queries, and of each fragment columns 2(l%4) and the next.
@@ -47,15 +48,18 @@ template <int D> struct Averages {
 
 template <int D> struct Scores { float of[Shape<D>::KEYS / 8][4]; };
 
-// KEYS rows of keys or values from `first` on: zeros from `length` on, and beyond D.
+// KEYS rows of keys or values from `first` on, which follow one another; zeros from `length` on.
 template <class T, int D>
 __device__ __forceinline__ void fetch(T (*rows)[Shape<D>::PITCH], const T* text, int first, int length) {
-    constexpr int PIECES = 2 * Shape<D>::STEPS;  // of 16 bytes
-#pragma unroll
-    for (int piece = threadIdx.x; piece < Shape<D>::KEYS * PIECES; piece += PREFILL_THREADS) {
-        const int row = piece / PIECES, d = piece % PIECES * 8;
-        const bool inside = first + row < length && d < D;
-        copy_async_16(&rows[row][d], inside ? text + static_cast<long long>(first + row) * D + d : text, inside);
+    constexpr int PIECES = D / 8, COPIES = Shape<D>::KEYS * PIECES;  // of 16 bytes: in a row, in all
+    const T* from = text + static_cast<long long>(first) * D;
+    const int there = (length - first) * PIECES;
+#pragma unroll 1  // or the addresses of all copies would stay in registers
+    for (int k = 0; k < COPIES; k += PREFILL_THREADS) {
+        const unsigned piece = k + threadIdx.x;
+        if (COPIES % PREFILL_THREADS && piece >= COPIES) break;
+        const bool inside = piece < there;
+        copy_async_16(&rows[piece / PIECES][piece % PIECES * 8], inside ? from + 8 * piece : text, inside);
     }
     copy_async_commit();
 }
@@ -175,7 +179,7 @@ __device__ __forceinline__ void store(const Averages<D>& averages, T* z, int cou
     }
 }
 
-template <class T, int D> __global__ void __launch_bounds__(PREFILL_THREADS)
+template <class T, int D> __global__ void __launch_bounds__(PREFILL_THREADS, Shape<D>::BLOCKS)
 attention_prefill(const T* __restrict__ q, const T* __restrict__ keys, const T* __restrict__ values,
                   const int* __restrict__ tiles, T* __restrict__ z, int H, int S) {
     constexpr int KEYS = Shape<D>::KEYS;
@@ -188,6 +192,7 @@ attention_prefill(const T* __restrict__ q, const T* __restrict__ keys, const T* 
     const long long text = (static_cast<long long>(tile.x) * H + h) * S * D;
     const long long query = (static_cast<long long>(n) * H + h) * D;
 
+    if (D % 16 && threadIdx.x < KEYS) *reinterpret_cast<uint4*>(&key_rows[threadIdx.x][D]) = uint4{};
     fetch<T, D>(key_rows, keys + text, 0, length);
     uint32_t queries[Shape<D>::STEPS][4];
     load_queries<T, D>(queries, q + query, count, H);
