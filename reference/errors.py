@@ -19,7 +19,7 @@ class InputError(ValueError):
     """
 
     def __init__(self, text: str) -> None:
-        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,12 +35,12 @@ class Parser(argparse.ArgumentParser):
 LOST_PAGES = b"error: a file of weights was made shorter while it was in use: wait until it is written, start again\n"
 
 
-def _end_on_lost_pages(number: int) -> None:
+def _end(number: int) -> None:
     os.write(2, LOST_PAGES)
     os._exit(2)
 
 
-_ON_LOST_PAGES = ctypes.CFUNCTYPE(None, ctypes.c_int)(_end_on_lost_pages)
+_END = ctypes.CFUNCTYPE(None, ctypes.c_int)(_end)  # kept: the C library does not count references
 
 
 @contextmanager
@@ -50,7 +50,7 @@ def _lost_pages_explained() -> Iterator[None]:
         return
     handle = ctypes.CDLL(None).signal
     handle.argtypes, handle.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
-    before = handle(signal.SIGBUS, ctypes.cast(_ON_LOST_PAGES, ctypes.c_void_p))
+    before = handle(signal.SIGBUS, ctypes.cast(_END, ctypes.c_void_p))
     try:
         yield
     finally:

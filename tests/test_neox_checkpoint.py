@@ -33,8 +33,10 @@ from neox.reference.checkpoint.tensors import (
     build_params,
     layer_prefix,
     named_tensors,
+    pipeline,
     tensor_table,
 )
+from neox.reference.checkpoint.torch_file import torch_tensors
 from neox.reference.checkpoint.torch_writer import _state, write_torch
 from neox.reference.config import Config
 from neox.reference.errors import InputError
@@ -124,10 +126,10 @@ def as_sequential(folder: Path, ranks: int) -> None:
     """Layer files replaced by one file for each rank."""
     step = folder / "global_step7"
     for rank in range(ranks):
-        held = {}
+        held: dict[str, NDArray] = {}
         for path in sorted(step.glob(f"layer_*-model_{rank:02}-model_states.pt")):
             layer = int(path.name[6:8])
-            held |= {f"sequential.{layer}.{name}": t.read().copy() for name, t in neox.torch_tensors(path).items()}
+            held |= {f"sequential.{layer}.{name}": t.read().copy() for name, t in torch_tensors(path).items()}
             path.unlink()
         save_nested(step / f"mp_rank_{rank:02}_model_states.pt", held)
 
@@ -143,7 +145,7 @@ def test_sequential_files_are_the_model(tmp_path: Path, ranks: int) -> None:
 
 def renamed(folder: Path, names: dict[str, str]) -> None:
     for path in folder.glob("global_step7/*.pt"):
-        tensors = {names.get(name, name): t.read().copy() for name, t in neox.torch_tensors(path).items()}
+        tensors = {names.get(name, name): t.read().copy() for name, t in torch_tensors(path).items()}
         write_torch(path, tensors)
 
 
@@ -169,7 +171,7 @@ def test_training_state_beside_layer_files_is_never_opened(tmp_path: Path) -> No
 
 def with_frequencies(folder: Path) -> None:
     for path in folder.glob("global_step7/layer_0[23]-*.pt"):
-        tensors = {name: t.read().copy() for name, t in neox.torch_tensors(path).items()}
+        tensors = {name: t.read().copy() for name, t in torch_tensors(path).items()}
         write_torch(path, {**tensors, neox.FREQUENCIES: np.ones(SMALL.rotary_ndims // 2, np.float16)})
 
 
@@ -204,14 +206,14 @@ def drifted(folder: Path, config: Config = SMALL, seed: int = 3) -> list[dict[st
     """Each rank's norms moved by themselves; all that each rank then holds, under the names of the table."""
     rng, held = np.random.default_rng(seed), []
     for rank in range(2):
-        mine = {}
+        mine: dict[str, NDArray] = {}
         for path in sorted(folder.glob(f"global_step7/layer_*-model_{rank:02}-*.pt")):
-            tensors = {name: t.read().copy() for name, t in neox.torch_tensors(path).items()}
+            tensors = {name: t.read().copy() for name, t in torch_tensors(path).items()}
             for name, array in tensors.items():
                 if "norm" in name:
                     array += (DRIFT * rng.normal(size=array.shape)).astype(array.dtype)
             write_torch(path, tensors)
-            names = neox.pipeline(config)[int(path.name[6:8])]
+            names = pipeline(config)[int(path.name[6:8])]
             mine |= {names[name]: array.astype(np.float64) for name, array in tensors.items() if name in names}
         held.append(mine)
     return held
@@ -363,12 +365,12 @@ def logits(tensors: dict[str, NDArray]) -> NDArray:
 
 
 def test_the_right_module_holds(apart) -> None:
-    assert holds(neox, *apart, numbers_of())
+    assert holds(neox, apart[0], apart[1], numbers_of())
 
 
 @pytest.mark.parametrize(("right", "wrong"), MISTAKES, ids=[wrong for _, wrong in MISTAKES])
 def test_mistakes_are_noticed(apart, right: str, wrong: str) -> None:
-    assert not holds(with_mistake(right, wrong), *apart, numbers_of())
+    assert not holds(with_mistake(right, wrong), apart[0], apart[1], numbers_of())
 
 
 # Bad input.

@@ -125,10 +125,7 @@ def _pipeline_ranks(folder: Path) -> list[Layers]:
     ]
     if missing:
         raise InputError(f"{folder} lacks {enumerated(missing)}")
-    return [
-        {layer: _legacy_names(torch_tensors(files[layer, rank], TRAINING_STATE)) for layer in layers}
-        for rank in range(ranks)
-    ]
+    return [{layer: _layer(files[layer, rank]) for layer in layers} for rank in range(ranks)]
 
 
 def _sequential_rank(path: Path) -> Layers:
@@ -177,7 +174,7 @@ Loader.add_implicit_resolver(
 )
 
 
-def _yaml(path: Path) -> Mapping[str, Any]:
+def read_yaml(path: Path) -> Mapping[str, Any]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except OSError as error:
@@ -196,7 +193,7 @@ def _settings(folder: Path) -> tuple[list[Path], dict[str, Any]]:
     files = sorted(path for home in homes[:1] for path in home.iterdir() if path.suffix in (".yml", ".yaml"))
     merged: dict[str, Any] = {}
     for path in files:
-        for key, value in _yaml(path).items():
+        for key, value in read_yaml(path).items():
             name = key.replace("-", "_")
             if merged.setdefault(name, value) != value:
                 raise InputError(f"{path}: {key} is {value!r}, but another file of {path.parent} says {merged[name]!r}")
