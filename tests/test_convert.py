@@ -69,9 +69,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def test_a_run_that_was_killed_goes_on_where_it_ended(tmp_path: Path) -> None:
     whole = converted(shipped.path(), tmp_path / "whole", "--shard-size", "500KB")
-    out, argv = tmp_path / "out", [shipped.path(), tmp_path / "out", "--shard-size", "500KB"]
-    command = [sys.executable, "-c", KILLED, EXAMPLES / "convert.py", *argv]
-    assert subprocess.run(list(map(str, command)), timeout=120).returncode == 9
+    out, argv = tmp_path / "out", [str(shipped.path()), str(tmp_path / "out"), "--shard-size", "500KB"]
+    command = [sys.executable, "-c", KILLED, str(EXAMPLES / "convert.py"), *argv]
+    assert subprocess.run(command, timeout=120).returncode == 9
     assert not out.exists()
     written = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("out.unfinished/*.safetensors")}
     assert len(written) == 3

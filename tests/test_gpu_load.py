@@ -29,6 +29,8 @@ def test_weights_are_the_checkpoints_rounded(dtype) -> None:
         (layer.mlp.dense_4h_to_h.bias, same.mlp.dense_4h_to_h.bias),
         (model.params.embed_out, source.params.embed_out),
     ]:
+        assert ours is not None
+        assert theirs is not None
         assert ours.dtype == model.dtype
         assert np.array_equal(ours.get().astype(np.float32), rounded(theirs, dtype))
 

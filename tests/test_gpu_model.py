@@ -40,7 +40,7 @@ def test_wrong_ids_are_refused() -> None:
     model = to_device(drawn(SMALL, 0, "float32"), all_devices()[0], "float32")
     for ids, message in [([[101]], "outside the vocabulary"), ([[0] * 65], "context is 64"), ([0], "batch, seq")]:
         with pytest.raises(InputError, match=message):
-            forward(model, ids)
+            forward(model, np.array(ids))
 
 
 def with_scores_beyond_float16(model: Model) -> Model:
@@ -57,6 +57,7 @@ def with_a_channel_beyond_float16(model: Model) -> Model:
     """The bias of each MLP adds 50000 to one channel of the residual stream."""
     layers = []
     for p in model.params.layers:
+        assert p.mlp.dense_4h_to_h.bias is not None
         bias = p.mlp.dense_4h_to_h.bias.copy()
         bias[3] = 49984  # representable in float16
         layers.append(replace(p, mlp=replace(p.mlp, dense_4h_to_h=replace(p.mlp.dense_4h_to_h, bias=bias))))

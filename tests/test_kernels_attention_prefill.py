@@ -126,8 +126,10 @@ def test_the_naive_kernel_says_the_same() -> None:
     exact = of_all(q, keys, values, *places(spans), np.float64)
     device, bound = all_devices()[0], allowed(q, keys, values, spans, exact)
     z = device.empty((75, 160), "float16")
-    arrays = [device.array(a) for a in (q.reshape(75, -1), keys, values, *places(spans))]
-    ops.attention_decode_naive(*arrays, z)
+    texts, positions = map(device.array, places(spans))
+    ops.attention_decode_naive(
+        device.array(q.reshape(75, -1)), device.array(keys), device.array(values), texts, positions, z
+    )
     difference = run(device, q, keys, values, spans).astype(np.float64) - z.get().reshape(q.shape)
     assert (np.abs(difference) <= 2 * bound).all()
 
