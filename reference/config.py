@@ -7,7 +7,6 @@ contradicts itself is refused: guessing would give a model that runs and is wron
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral
@@ -37,6 +36,7 @@ SIZES = (
 NUMBERS = ("rotary_pct", "rotary_emb_base", "layer_norm_eps")
 SWITCHES = ("use_parallel_residual", "tie_word_embeddings", "attention_bias")
 TOKEN_IDS = ("bos_token_id", "eos_token_id")
+LARGEST = 1 << 40  # far more than any size or number of a model is: with larger ones, arithmetic would not be exact
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,13 @@ def _is_integer(value: object) -> bool:
 
 
 def _is_positive(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < LARGEST
 
 
 def _check_kinds(config: Config) -> None:
     values = {field.name: getattr(config, field.name) for field in fields(config)}
     for name in SIZES:
-        if not (_is_integer(values[name]) and values[name] > 0):
+        if not (_is_integer(values[name]) and 0 < values[name] < LARGEST):
             raise InputError(f"{name} must be a positive integer, not {values[name]!r}")
     for name in NUMBERS:
         if not _is_positive(values[name]):
@@ -261,6 +261,7 @@ NEOX_ONLY = {  # what this architecture is, among the many that gpt-neox trains:
     "use_bias_in_norms": (True, True),
     "mlp_type": ("regular", "regular"),
 }
+NEOX_SWITCHES = ("bias_gelu_fusion", "no_weight_tying")  # others are switches of Config too, and checked there
 TOKENS_20B = 50277  # ids that the tokenizer of the 20B and of Pythia has
 
 
@@ -295,6 +296,9 @@ def config_from_neox(mapping: Mapping[str, Any], tokens: int = TOKENS_20B) -> Co
         value = default if d.get(name) is None else d[name]
         if value != needed:
             raise InputError(f"{name} is {value!r}; only {needed!r} is implemented")
+    for name in NEOX_SWITCHES:
+        if not isinstance(d.get(name, False), bool):
+            raise InputError(f"{name} must be true or false, not {d[name]!r}")
     sizes = {"num_hidden_layers" if name == "num_layers" else name: d[name] for name in NEOX_NEEDED}
     return Config(
         **sizes,

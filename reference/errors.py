@@ -11,15 +11,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+LONGEST = 8000  # characters of a message: four lists of twenty names fit
+
 
 class InputError(ValueError):
     """A bad path, file, config, prompt or flag. Its text is one line: what was wrong and what to do.
 
-    Text from files, as the names of tensors, may be part of it; control characters in it are escaped.
+    Text from files, as the names of tensors, may be part of it: control characters are escaped, and the middle of what
+    is too long to be read is left out.
     """
 
     def __init__(self, text: str) -> None:
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+        super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}")
 
 
 class Parser(argparse.ArgumentParser):

@@ -364,3 +364,9 @@ def test_transformers_reads_the_same_from_every_spelling() -> None:
 def test_transformers_reads_what_is_written_as_the_same_model(config: Config) -> None:
     theirs = transformers_view(config_to_dict(config))
     assert our_view(config, theirs) == theirs
+
+
+def test_numbers_that_arithmetic_cannot_take_are_refused() -> None:
+    for field, value in [("hidden_size", 10**400), ("num_hidden_layers", 1 << 50), ("rotary_emb_base", 10**400)]:
+        with pytest.raises(InputError, match=f"{field} must be a positive"):
+            replace(GPT_NEOX_20B, **{field: value})

@@ -489,6 +489,55 @@ def test_a_yaml_that_refers_to_itself_is_not_printed(tmp_path: Path) -> None:
     assert open_checkpoint(folder).config == SMALL
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "a: !!timestamp x",
+        "a: !!int ''",
+        "a: !!bool x",
+        "a: !!float x",
+        "a: !!python/object/apply:os.system [ls]",
+        "a: !!set 3",
+        "? [a]\n: 1",
+        "a: 2001-99-99",
+        "<<: 3",
+        "a: " + "[" * 3000,
+        "a: \udc80",
+    ],
+)
+def test_a_yaml_that_is_none_is_refused(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "x.yml"
+    path.write_text(line, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(InputError, match="is not valid yaml"):
+        neox.read_yaml(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_layers", "1000000000"),  # whose table of tensors would not end
+        ("num_layers", "2.0"),
+        ("hidden_size", "0x" + "f" * 9000),
+        ("hidden_size", "[96]"),
+        ("rotary_pct", "1e999"),
+        ("no_weight_tying", '"false"'),
+        ("bias_gelu_fusion", "1"),
+        ("norm", "rmsnorm"),
+        ("pos_emb", "{rotary: 1}"),
+    ],
+)
+def test_values_that_cannot_be_are_refused(tmp_path: Path, key: str, value: str) -> None:
+    folder = written(tmp_path / "neox", SMALL, numbers_of(), 1)
+    path = folder / "configs" / "model.yml"
+    settings = json.loads(path.read_text())
+    path.write_text("".join(f"{k}: {value if k == key else json.dumps(v)}\n" for k, v in settings.items()))
+    with pytest.raises(InputError) as caught:
+        open_checkpoint(folder)
+    assert len(str(caught.value)) < 400
+    path.write_text("".join(f"{k}: {json.dumps(v)}\n" for k, v in settings.items()))
+    assert open_checkpoint(folder).config == SMALL
+
+
 def test_names_in_files_do_not_break_the_line(tmp_path: Path) -> None:
     folder = written(tmp_path / "neox", SMALL, numbers_of(), 1)
     write_torch(folder / "global_step7" / "layer_00-model_00-model_states.pt", {"a\n\x1b[2Jb": np.ones(3, np.float16)})

@@ -181,11 +181,11 @@ MISTAKES = [
     ("before what is stored", "0 <= value < 1 << 48", "value < 1 << 48"),
     ("a command", "raise Refused(shown(str(function)))", "self.push(Placeholder())"),
     ("a command", "if str(function) in self.left_out:", "if str(function) not in CALLS:"),
-    ("an instance", 'raise Refused(f"the pickle instruction {opcode.name}")', "continue"),
+    ("an instance", 'raise Refused(f"the pickle instruction {opcode.name}")', 'return "NONE", None'),
     ("a tensor of objects", "kind.name not in STORAGES", "False"),
     ("a storage elsewhere", "self._entries.get(self.root + name)", 'self._entries.get(self.root + "data/0")'),
     ("a storage of a long name", "len(name) <= 80", "True"),
-    ("instructions without end", "count == INSTRUCTIONS_READ", "count < 0"),
+    ("instructions without end", "range(INSTRUCTIONS_READ)", "range(1 << 60)"),
     ("a key of many digits", "or _is_size(key)", "or isinstance(key, int)"),
     ("a mapping from elsewhere", 'raise Refused("a mapping made of something else")', "return {}"),
 ]

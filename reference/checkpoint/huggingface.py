@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import replace
 from pathlib import Path
 
@@ -163,8 +163,18 @@ def open_huggingface(folder: Path, config: Config) -> tuple[str, Config, dict[st
     return f"Hugging Face, {form}", config, tensors
 
 
+def check_layers(folder: Path, config: Config, tensors: Sized) -> None:
+    """InputError if there are more layers than tensors: a table of a billion layers would not end."""
+    if config.num_hidden_layers > len(tensors):
+        layers = config.num_hidden_layers
+        raise InputError(
+            f"{folder} does not fit its config, which has {layers} layers; it holds {len(tensors)} tensors"
+        )
+
+
 def check_table(folder: Path, config: Config, tensors: Mapping[str, Stored]) -> None:
     """InputError, which lists all of them, if tensors are missing, unexpected, misshapen or not floating point."""
+    check_layers(folder, config, tensors)
     differences = _differences(tensors, tensor_table(config))
     if differences:
         raise InputError(f"{folder} does not fit its config; {'; '.join(differences)}")

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from neox.reference.checkpoint.huggingface import check_table, enumerated
+from neox.reference.checkpoint.huggingface import check_layers, check_table, enumerated
 from neox.reference.checkpoint.stored import NAMES, Index, Stored, dtype_named, numpy_dtype, whole
 from neox.reference.checkpoint.tensors import (
     AXES,
@@ -162,9 +162,6 @@ def read_ranks(folder: Path) -> tuple[str, list[Layers]]:
 # The config.
 
 
-PLAIN = (str, int, float, type(None))
-
-
 class Loader(yaml.SafeLoader):
     """Of plain values only, and to which 1e-5 is a number, as in JSON: to yaml of before 2009 it is text."""
 
@@ -179,12 +176,17 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, LookupError, AttributeError) as error:
+        # The last two are what the library comes to of !!bool x and !!timestamp x.
         raise InputError(f"{path} is not valid yaml: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} must hold a mapping, not {type(content).__name__}")
-    # Everything here is a number, a word or yes or no; the rest is not looked into, for it may refer to itself.
-    return {str(key): value if isinstance(value, PLAIN) else type(value) for key, value in content.items()}
+    return {key: value if _is_plain(value) else type(value) for key, value in content.items() if isinstance(key, str)}
+
+
+def _is_plain(value: Any) -> bool:
+    """All that matters here is; the rest is not looked into, for it may refer to itself or have a million digits."""
+    return value.bit_length() <= 64 if isinstance(value, int) else isinstance(value, (str, float, type(None)))
 
 
 def _settings(folder: Path) -> tuple[list[Path], dict[str, Any]]:
@@ -478,6 +480,7 @@ def open_neox(
     step = step_folder(folder)
     form, held = read_ranks(step)
     config = replace(_config(step, held, overrides), **overrides)
+    check_layers(step, config, [name for layer in held[0].values() for name in layer])
     tensors = _merged(held, config, step)
     check_table(step, config, tensors)
     check_drift(config, tensors)

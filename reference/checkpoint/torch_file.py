@@ -11,6 +11,7 @@ Files of torch before 1.6 are no zip archives; they are refused too.
 
 from __future__ import annotations
 
+import io
 import pickletools
 import struct
 import zipfile
@@ -148,6 +149,7 @@ def _tensor(archive: Archive, storage: Any, offset: Any, shape: Any, strides: An
 # The pickle.
 
 MARK = object()
+OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
 
 
 @dataclass(frozen=True)
@@ -179,16 +181,22 @@ class Machine:
 
     def run(self) -> Any:
         """What the pickle leaves when it stops."""
-        content = self.archive.view("data.pkl").tobytes()
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
-            if opcode.name == "STOP":
+        content = io.BytesIO(self.archive.view("data.pkl").tobytes())
+        for _ in range(INSTRUCTIONS_READ):
+            name, read = self.instruction(content.read(1))
+            if name == "STOP":
                 return self.pop()
-            if opcode.name not in INSTRUCTIONS:
-                raise Refused(f"the pickle instruction {opcode.name}")
-            if count == INSTRUCTIONS_READ:
-                raise Refused(f"a pickle of more than {INSTRUCTIONS_READ} instructions")
-            INSTRUCTIONS[opcode.name](self, argument)
-        raise Refused("a pickle without an end")
+            INSTRUCTIONS[name](self, read(content) if read else None)
+        raise Refused(f"a pickle of more than {INSTRUCTIONS_READ} instructions")
+
+    def instruction(self, code: bytes) -> tuple[str, Callable[[io.BytesIO], Any] | None]:
+        """Its name, and what reads its argument. It is refused before anything of it is read."""
+        opcode = OPCODES.get(code)
+        if opcode is None:
+            raise Refused("a pickle without an end" if not code else f"the pickle instruction {code!r}")
+        if opcode.name != "STOP" and opcode.name not in INSTRUCTIONS:
+            raise Refused(f"the pickle instruction {opcode.name}")
+        return opcode.name, opcode.arg.reader if opcode.arg else None
 
     def pop(self) -> Any:
         """The topmost value, which must not be a mark."""
