@@ -59,6 +59,12 @@ extern "C" __global__ void uninitialized_shared(float* y) {
     y[threadIdx.x] = s[threadIdx.x];
 }
 
+template <class T> __global__ void uninitialized_shared_of_a_template(float* y) {
+    __shared__ T s[32];
+    if (threadIdx.x != 3) s[threadIdx.x] = T(1.0f);
+    y[threadIdx.x] = s[threadIdx.x];
+}
+
 extern "C" __global__ void uninitialized_dynamic_shared(float* y) {
     DYNAMIC_SHARED(float, s);
     if (threadIdx.x != 3) s[threadIdx.x] = 1.0f;

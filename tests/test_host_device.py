@@ -152,7 +152,12 @@ def test_the_device_works_on_after_a_fault(faulty) -> None:
 def test_what_was_never_written_is_nan(faulty) -> None:
     device = host()
     assert np.isnan(device.empty((3, 5), F32).get()).all()
-    for kernel, shared_bytes in (("uninitialized_shared", 0), ("uninitialized_dynamic_shared", 128)):
+    of_a_template = "uninitialized_shared_of_a_template<__half>"
+    for kernel, shared_bytes in (
+        ("uninitialized_shared", 0),
+        (of_a_template, 0),
+        ("uninitialized_dynamic_shared", 128),
+    ):
         y = device.zeros(32, F32)
         for _ in range(2):  # the second launch must not find what the first left behind
             device.launch(faulty, kernel, 2, 32, (y,), shared_bytes)

@@ -50,6 +50,7 @@ MUTANTS: list[tuple[str, str, str, Check, str]] = [
     ("async_copy.h", "if (request.order == REVERSE ||", "if (", missing_barrier("async_overwrite"), "faulty.cu"),
     ("memory.h", "poison(__start_host_shared, __stop_host_shared - __start_host_shared);", "",
      tests.test_what_was_never_written_is_nan, "faulty.cu"),
+    ("shared.ld", "*(.bss._ZZN12_GLOBAL__N_1*)", "", tests.test_what_was_never_written_is_nan, "faulty.cu"),
     ("memory.h", "poison(dynamic_shared.start, request.shared_bytes);", "",
      tests.test_what_was_never_written_is_nan, "faulty.cu"),
     ("memory.h", "mprotect(pages + used, PAGE, PROT_NONE);", "",
@@ -82,7 +83,7 @@ MUTANTS: list[tuple[str, str, str, Check, str]] = [
     ("header", "right", "wrong", "check", "file"), MUTANTS, ids=[f"{m[0]}-{m[1]}" for m in MUTANTS]
 )
 def test_a_weaker_host_device_is_noticed(header, right, wrong, check, file, tmp_path, monkeypatch) -> None:
-    for path in build.HERE.glob("*.h"):
+    for path in (*build.HERE.glob("*.h"), build.HERE / "shared.ld"):
         shutil.copy(path, tmp_path)
     text = (tmp_path / header).read_text()
     assert right in text, "the mutant no longer fits the header"

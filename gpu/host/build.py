@@ -24,6 +24,7 @@ FLAGS = [
     # A frame larger than a page touches each of its pages, so that it cannot skip the one that guards the stack.
     "-fstack-clash-protection",
     "-ffp-contract=fast",  # as NVRTC does
+    "-fdata-sections",  # see shared.ld
 ]
 MACHINE_FLAGS = {"x86_64": ["-mf16c", "-mfma", "-mavx2"]}
 
@@ -85,7 +86,7 @@ def build(text: str, kernels: tuple[str, ...], name: str, mode: str, defines: tu
 
 @cache
 def _headers() -> str:
-    return "".join(path.read_text() for path in sorted(HERE.glob("*.h")))
+    return "".join(path.read_text() for path in (*sorted(HERE.glob("*.h")), HERE / "shared.ld"))
 
 
 def _compile(unit: str, flags: list[str], library: Path) -> None:
@@ -96,7 +97,7 @@ def _compile(unit: str, flags: list[str], library: Path) -> None:
     try:
         _run([*flags, f"-I{HERE}", "-c", str(source), "-o", str(object_file)])
         # Linked apart, without the flag of the checks, which would ask for their library.
-        _run(["-shared", *sanitizer, str(object_file), "-o", str(temporary)])
+        _run(["-shared", *sanitizer, f"-Wl,-T,{HERE / 'shared.ld'}", str(object_file), "-o", str(temporary)])
         os.replace(temporary, library)
     finally:
         source.unlink()
