@@ -20,11 +20,10 @@ from neox.reference.checkpoint.layouts import (
     huggingface_files,
     neox_files,
     part,
-    pipeline,
 )
 from neox.reference.checkpoint.load import load
 from neox.reference.checkpoint.output import OutputFile, json_file, write_output
-from neox.reference.checkpoint.tensors import TensorSpec, tensor_table
+from neox.reference.checkpoint.tensors import Sharding, TensorSpec, pipeline, tensor_table
 from neox.reference.checkpoint.torch_writer import ALIGNMENT, write_torch
 from neox.reference.config import GPT_NEOX_20B, PYTHIA, Config, config_from_neox, config_to_neox
 from neox.reference.errors import InputError
@@ -119,7 +118,8 @@ def stopping(path: Path, progress) -> None:
 
 
 def test_what_was_written_is_kept_for_the_same_plan_and_only_for_it(tmp_path: Path) -> None:
-    folder, written = tmp_path / "out", []
+    written: list[str] = []
+    folder = tmp_path / "out"
     a, b = file_of("a", written), file_of("b", written)
     with pytest.raises(Stop):
         write_output(folder, [a, OutputFile("b", 3, stopping)], {"source": 1})
@@ -205,7 +205,8 @@ def test_the_pipeline_holds_every_tensor_once_under_the_names_of_gpt_neox() -> N
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_the_parts_of_a_tensor_make_the_whole(ranks: int) -> None:
     rng = np.random.default_rng(ranks)
-    for sharding, axis in (("vocabulary", 0), ("column", 0), ("row", 1)):
+    kinds: list[tuple[Sharding, int]] = [("vocabulary", 0), ("column", 0), ("row", 1)]
+    for sharding, axis in kinds:
         whole = rng.normal(size=(8, 12)).astype(np.float16)
         spec = TensorSpec("x", whole.shape, sharding)
         assert np.array_equal(np.concatenate([part(spec, whole, r, ranks) for r in range(ranks)], axis), whole)
