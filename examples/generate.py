@@ -73,9 +73,9 @@ def _add_model(flags: argparse._ArgumentGroup) -> None:
     flags.add_argument("--dtype", choices=every, help="to compute in: float32 by default, on the gpu float16")
     flags.add_argument(
         "--weights",
-        choices=["auto", "upcast", "stored"],
-        help="of the reference: converted to --dtype at once, or kept as stored and converted at every use; "
-        "auto, the default: what memory allows",
+        choices=["auto", "upcast", "stored", "streamed"],
+        help="of the reference: converted to --dtype at once; kept as stored and converted at every use; or read layer by "
+        "layer, each while another computes. auto, the default: what memory allows",
     )
     flags.add_argument(
         "--layer-norms",

@@ -32,7 +32,7 @@ the layer is `ParallelTransformerLayer.forward` of EleutherAI/gpt-neox, megatron
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,7 +86,7 @@ class Layer:
 @dataclass(frozen=True)
 class Params:
     embed_in: Array  # (V,C)
-    layers: tuple[Layer, ...]
+    layers: Sequence[Layer]
     final_layer_norm: LayerNorm
     embed_out: Array  # (V,C)
 

@@ -15,14 +15,23 @@ from tqdm import tqdm
 from neox.reference.checkpoint.hub import find
 from neox.reference.checkpoint.opening import open_checkpoint
 from neox.reference.checkpoint.stored import Index, Stored, numpy_dtype, size_of
-from neox.reference.checkpoint.tensors import TensorSpec, build_params
+from neox.reference.checkpoint.streaming import StreamedLayers
+from neox.reference.checkpoint.tensors import (
+    EMBED_IN,
+    EMBED_OUT,
+    FINAL_LAYER_NORM,
+    TensorSpec,
+    build_layer,
+    build_params,
+    tensor_table,
+)
 from neox.reference.config import Config
 from neox.reference.errors import InputError
-from neox.reference.model import Array, Model
+from neox.reference.model import Array, LayerNorm, Model, Params
 from neox.reference.project import widen
 
 DTYPES = ("float32", "float64")
-WEIGHTS = ("auto", "upcast", "stored")
+WEIGHTS = ("auto", "upcast", "stored", "streamed")
 
 
 # How.
@@ -140,6 +149,27 @@ def converts(opened: Opened, weights: str) -> bool:
     return (_choose(opened.tensors, opened.dtype) if weights == "auto" else weights) == "upcast"
 
 
+def _streamed(opened: Opened) -> Model:
+    """A model of which nothing is read but what a pass comes to, and the layer after that."""
+    config, read = opened.config, reader(opened.tensors, opened.dtype, upcast=False)
+
+    def get(spec: TensorSpec) -> Array:
+        return read(spec, None)
+
+    embed_in = opened.tensors[EMBED_IN].read()  # not checked for what is not finite: only some rows of it are used
+    table = tensor_table(config)
+    return Model(
+        config,
+        Params(
+            embed_in,
+            StreamedLayers(config.num_hidden_layers, lambda index: build_layer(config, get, index)),
+            LayerNorm(*(get(table[f"{FINAL_LAYER_NORM}.{part}"]) for part in ("weight", "bias"))),
+            embed_in if config.tie_word_embeddings else get(table[EMBED_OUT]),
+        ),
+        opened.dtype,
+    )
+
+
 def load(
     path: str | Path,
     dtype: str | np.dtype | type[np.floating] = "float32",
@@ -151,13 +181,17 @@ def load(
     """A model that computes in dtype, from a folder or a name that checkpoint/hub.py knows.
 
     weights: "upcast" converts every tensor to dtype once; "stored" leaves matrices on disk, in the dtype they are
-    stored in, and widens them at every use; "auto" converts if that takes half of the available memory at most. What
-    is stored in dtype is mapped and not copied in any case. layer_norms: of a gpt-neox checkpoint of several ranks,
-    "mean" or "fold" (checkpoint/neox.py). overrides replace fields of the config, such as hidden_act="gelu_fast".
+    stored in, and widens them at every use; "streamed" does the same, but reads nothing now, and of a model that is
+    larger than memory one layer while another computes; "auto" converts if that takes half of the available memory at
+    most, and else leaves them. What is stored in dtype is mapped and not copied in any case. layer_norms: of a gpt-neox
+    checkpoint of several ranks, "mean" or "fold" (checkpoint/neox.py). overrides replace fields of the config, such as
+    hidden_act="gelu_fast".
     InputError for everything that can be wrong with the files.
     """
     _one_of("weights", weights, WEIGHTS)
     opened = open_model(path, dtype, revision, layer_norms, **overrides)
+    if weights == "streamed":
+        return _streamed(opened)
     read = reader(opened.tensors, opened.dtype, converts(opened, weights))
     with tqdm(total=opened.size, desc="loading", unit="weights", unit_scale=True, disable=None, leave=False) as bar:
 

@@ -5,7 +5,7 @@ This is the only such list. All readers and writers of checkpoints and all of di
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -102,29 +102,35 @@ def pipeline(config: Config) -> dict[int, dict[str, str]]:
     return layers
 
 
+def _norm(table: Mapping[str, TensorSpec], get: Get, prefix: str) -> LayerNorm:
+    return LayerNorm(get(table[f"{prefix}.weight"]), get(table[f"{prefix}.bias"]))
+
+
+def build_layer(config: Config, get: Get, index: int) -> Layer:
+    """The parameters of one layer, each of its tensors asked for once, in the table's order."""
+    table, prefix = tensor_table(config), layer_prefix(index)
+
+    def linear(name: str) -> Linear:
+        weight, bias = get(table[f"{prefix}.{name}.weight"]), table.get(f"{prefix}.{name}.bias")
+        return Linear(weight, None if bias is None else get(bias))
+
+    return Layer(
+        _norm(table, get, f"{prefix}.input_layernorm"),
+        _norm(table, get, f"{prefix}.post_attention_layernorm"),
+        Attention(linear("attention.query_key_value"), linear("attention.dense")),
+        MLP(linear("mlp.dense_h_to_4h"), linear("mlp.dense_4h_to_h")),
+    )
+
+
 def build_params(config: Config, get: Get) -> Params:
     """The parameters, each tensor of the table asked for once, in its order. A tied head is the embedding itself."""
-    tensors = {name: get(spec) for name, spec in tensor_table(config).items()}
-
-    def layer_norm(prefix: str) -> LayerNorm:
-        return LayerNorm(tensors[f"{prefix}.weight"], tensors[f"{prefix}.bias"])
-
-    def linear(prefix: str) -> Linear:
-        return Linear(tensors[f"{prefix}.weight"], tensors.get(f"{prefix}.bias"))
-
-    def layer(prefix: str) -> Layer:
-        return Layer(
-            layer_norm(f"{prefix}.input_layernorm"),
-            layer_norm(f"{prefix}.post_attention_layernorm"),
-            Attention(linear(f"{prefix}.attention.query_key_value"), linear(f"{prefix}.attention.dense")),
-            MLP(linear(f"{prefix}.mlp.dense_h_to_4h"), linear(f"{prefix}.mlp.dense_4h_to_h")),
-        )
-
+    table = tensor_table(config)
+    embed_in = get(table[EMBED_IN])
     return Params(
-        embed_in=tensors[EMBED_IN],
-        layers=tuple(layer(layer_prefix(index)) for index in range(config.num_hidden_layers)),
-        final_layer_norm=layer_norm(FINAL_LAYER_NORM),
-        embed_out=tensors.get(EMBED_OUT, tensors[EMBED_IN]),
+        embed_in=embed_in,
+        layers=tuple(build_layer(config, get, index) for index in range(config.num_hidden_layers)),
+        final_layer_norm=_norm(table, get, FINAL_LAYER_NORM),
+        embed_out=get(table[EMBED_OUT]) if EMBED_OUT in table else embed_in,
     )
 
 
