@@ -74,8 +74,8 @@ def _add_model(flags: argparse._ArgumentGroup) -> None:
     flags.add_argument(
         "--weights",
         choices=["auto", "upcast", "stored", "streamed"],
-        help="of the reference: converted to --dtype at once; kept as stored and converted at every use; or read layer by "
-        "layer, each while another computes. auto, the default: what memory allows",
+        help="of the reference: converted to --dtype at once; kept as stored and converted at every use; or read one "
+        "layer while another computes. auto, the default: what memory allows",
     )
     flags.add_argument(
         "--layer-norms",
