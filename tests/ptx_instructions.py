@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from ml_dtypes import bfloat16
-from ptx_machine import BITS, SPACES, TYPES, Machine, PtxError, Values, registers
+from ptx_machine import BITS, SPACES, TYPES, Machine, PtxError, Values, aligned, registers
 from ptx_program import Instruction
 
 RELATIONS = {
@@ -55,6 +54,10 @@ def shifted(function: Callable[[Values, Values], Values]) -> Callable[[Machine, 
 # Arithmetic.
 
 
+def quotient(a: Values, b: Values) -> Values:
+    return a / b if a.dtype.kind == "f" else (a - np.fmod(a, b)) // b  # towards zero
+
+
 def multiply(m: Machine, i: Instruction) -> None:
     only(i, "rn", "ftz", "lo", "wide")
     a, b = m.read(i.operands[1], i.kind), m.read(i.operands[2], i.kind)
@@ -90,6 +93,9 @@ def convert(m: Machine, i: Instruction) -> None:
     value = m.read(i.operands[1], source)
     if "rzi" in i.modifiers:
         value = np.trunc(value)
+    if value.dtype.kind == "f" and to[0] in "su":  # what lies beyond the integers becomes the last of them
+        limits = np.iinfo(TYPES[to])
+        value = np.clip(np.nan_to_num(value.astype(np.float64), nan=0), limits.min, limits.max)
     if "sat" in i.modifiers:
         value = np.clip(np.nan_to_num(value, nan=0), 0, 1)
     m.write(i.operands[0], value.astype(TYPES[to]))
@@ -144,7 +150,10 @@ def move(m: Machine, i: Instruction) -> None:
 
 
 def space_of(i: Instruction) -> str:
-    return next(modifier for modifier in i.modifiers if modifier in SPACES)
+    for modifier in i.modifiers:
+        if modifier in SPACES:
+            return modifier
+    raise NotImplementedError(f"PTX: {i}, which may be to any memory")
 
 
 def load(m: Machine, i: Instruction) -> None:
@@ -154,36 +163,41 @@ def load(m: Machine, i: Instruction) -> None:
         m.write(i.operands[0], np.full(m.threads, np.asarray(m.parameters[i.operands[1][1:-1]]).astype(dtype)))
         return
     into = registers(i.operands[0])
-    loaded = m.load(space_of(i), m.address(i.operands[1]), dtype.itemsize * len(into))
+    threads = np.flatnonzero(m.active)
+    loaded = m.load(space_of(i), threads, m.address(i.operands[1])[threads], dtype.itemsize * len(into))
     for k, register in enumerate(into):
         value = np.zeros(m.threads, dtype)
         part = loaded[:, k * dtype.itemsize : (k + 1) * dtype.itemsize]
-        value[m.active] = np.ascontiguousarray(part).view(dtype)[:, 0]
+        value[threads] = np.ascontiguousarray(part).view(dtype)[:, 0]
         m.write(register, value.astype(np.uint16) if dtype.itemsize == 1 else value)  # no register is narrower
 
 
 def store(m: Machine, i: Instruction) -> None:
     only(i, *SPACES, "v2", "v4")
-    parts = [m.read(register, i.kind)[m.active] for register in registers(i.operands[1])]
+    threads = np.flatnonzero(m.active)
+    parts = [m.read(register, i.kind)[threads] for register in registers(i.operands[1])]
     values = np.ascontiguousarray(np.stack(parts, axis=1)).view(np.uint8)
-    m.store(space_of(i), m.address(i.operands[0]), values)
+    m.store(space_of(i), threads, m.address(i.operands[0])[threads], values)
 
 
 def copy_async(m: Machine, i: Instruction) -> None:
-    """cp.async at once. Its groups order nothing here: threads step together."""
-    if "commit_group" in i.modifiers or "wait_group" in i.modifiers:
+    """cp.async [to], [source], width, wanted: `wanted` bytes, and zeros up to the width. The source is read at once."""
+    only(i, "async", "ca", "cg", "shared", "global", "commit_group", "wait_group")
+    if "commit_group" in i.modifiers:
+        m.commit()
         return
-    to, source, width = m.address(i.operands[0]), m.address(i.operands[1]), int(i.operands[2])
-    wanted = m.read(i.operands[3], "u32")[m.active]
-    values = np.zeros((len(to), width), np.uint8)
-    if (wanted % width).any():
-        raise NotImplementedError(f"PTX: {i} of a part of the bytes")
-    everyone = m.active
-    m.active = everyone.copy()
-    m.active[everyone] = wanted > 0
-    values[wanted > 0] = m.load("global", source[wanted > 0], width)
-    m.active = everyone
-    m.store("shared", to, values)
+    if "wait_group" in i.modifiers:
+        m.land(int(i.operands[0]))
+        return
+    threads, width = np.flatnonzero(m.active), int(i.operands[2])
+    to, source = (m.address(operand)[threads] for operand in i.operands[:2])
+    aligned(threads, source, width)
+    wanted = m.read(i.operands[3], "u32")[threads] if len(i.operands) > 3 else np.full(len(threads), width)
+    values = np.zeros((len(threads), width), np.uint8)
+    inside = np.arange(width) < wanted[:, None]
+    readers, places = np.broadcast_to(threads[:, None], inside.shape), source[:, None] + np.arange(width)
+    values[inside] = m.load("global", readers[inside], places[inside], 1)[:, 0]
+    m.copy_later(threads, to, values)
 
 
 # Control.
@@ -197,18 +211,17 @@ def leave(m: Machine, _: Instruction) -> None:
     m.running &= ~m.active
 
 
-def barrier(m: Machine, i: Instruction) -> None:
-    if i.modifiers[0] == "warp":
-        m.whole_warps(i)
-    elif not m.active.all():
-        raise PtxError(f"only some threads are at {i}")
+def barrier(_: Machine, i: Instruction) -> None:
+    """The machine has brought the warp or the block together."""
+    only(i, "warp", "sync")
+    if i.operands not in (("0",), ("-1",), ("0xffffffff",)):  # the block's first barrier; all lanes
+        raise NotImplementedError(f"PTX: {i}")
 
 
 # Warps.
 
 
 def shuffle(m: Machine, i: Instruction) -> None:
-    m.whole_warps(i)
     segment, mask = (m.read(operand, "s32")[m.active] for operand in i.operands[3:])
     if i.modifiers[1] != "bfly" or (segment != 31).any() or (mask != -1).any():
         raise NotImplementedError(f"PTX: {i}")
@@ -221,14 +234,12 @@ def shuffle(m: Machine, i: Instruction) -> None:
 
 def load_matrix(m: Machine, i: Instruction) -> None:
     """Lane 8k+r gives the address of row r of matrix k; lane l receives row l/4, columns 2(l%4) and the next."""
-    m.whole_warps(i)
+    only(i, "sync", "aligned", "m8n8", "x1", "x2", "x4", "trans", "shared")
     into = registers(i.operands[0])
-    addresses = np.zeros(m.threads, np.int64)
-    addresses[m.active] = m.address(i.operands[1])
-    warps = addresses.reshape(-1, 32)[m.active.reshape(-1, 32).all(1)]
+    warps, addresses = np.flatnonzero(m.active).reshape(-1, 32), m.address(i.operands[1])
     for k, register in enumerate(into):
-        rows = warps[:, 8 * k : 8 * k + 8].reshape(-1)
-        matrices = m.load("shared", rows, 16).view(np.uint16).reshape(-1, 8, 8)
+        givers = warps[:, 8 * k : 8 * k + 8].reshape(-1)
+        matrices = m.load("shared", givers, addresses[givers], 16).view(np.uint16).reshape(-1, 8, 8)
         if "trans" in i.modifiers:
             matrices = matrices.swapaxes(1, 2)
         value = np.zeros(m.threads, np.uint32)
@@ -239,8 +250,10 @@ def load_matrix(m: Machine, i: Instruction) -> None:
 def multiply_matrices(m: Machine, i: Instruction) -> None:
     """mma.m16n8k16. Lane l, with g = l/4 and t = l%4, holds a[k] = A[g + 8(k%2)][2t + 8(k/2) ..+1], b[k] = B[2t + 8k
     ..+1][g] and c[k] = C[g + 8(k/2)][2t + k%2]."""
-    m.whole_warps(i)
-    dtype = {"f16": np.float16, "bf16": bfloat16}[i.modifiers[-2]]
+    only(i, "sync", "aligned", "m16n8k16", "row", "col")
+    if i.modifiers[-4:] not in (("f32", "f16", "f16", "f32"), ("f32", "bf16", "bf16", "f32")):
+        raise NotImplementedError(f"PTX: {i}")
+    dtype = TYPES[i.modifiers[-2]]
     d, a, b, c = (registers(operand) for operand in i.operands)
     pairs_a, pairs_b = (np.stack([m.read(r, "b32") for r in names], axis=1) for names in (a, b))
     halves_a, halves_b = (x.view(BITS[2]).view(dtype).astype(np.float32) for x in (pairs_a, pairs_b))
@@ -264,7 +277,7 @@ OPERATIONS: dict[str, Callable[[Machine, Instruction], None]] = {
     "cp": copy_async,
     "cvt": convert,
     "cvta": elementwise(lambda address: address),
-    "div": elementwise(np.divide),
+    "div": elementwise(quotient),
     "ex2": elementwise(np.exp2),
     "fma": fused_multiply_add,
     "ld": load,
@@ -289,4 +302,5 @@ OPERATIONS: dict[str, Callable[[Machine, Instruction], None]] = {
     "sqrt": elementwise(np.sqrt),
     "st": store,
     "sub": elementwise(np.subtract),
+    "xor": elementwise(np.bitwise_xor),
 }

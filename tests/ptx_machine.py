@@ -2,8 +2,9 @@
 
 It sees what the host device cannot: a wrong operand in an asm statement, or a compiler's surprise. It does not see
 races: all threads of a block step together, those with the lowest instruction first, which brings diverged threads
-together again. A register is an array with an entry for each thread of the block. Accesses are checked for bounds and
-alignment.
+together again; where an instruction takes a whole warp or block, those wait that are there first. A register is an array
+with an entry for each thread of the block. Accesses are checked for bounds and alignment. Shared memory holds NaNs until
+it is written, and where a cp.async writes until that has been waited for.
 
 Denormals are kept where a card would flush them to zero, and fused multiply-adds pass through float64.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -40,8 +42,28 @@ class PtxError(RuntimeError):
     """An access, a barrier or an instruction that a card would not take."""
 
 
+def aligned(threads: NDArray[np.int64], addresses: NDArray[np.int64], width: int) -> None:
+    """PtxError unless each address is a multiple of the width."""
+    off = addresses % width > 0
+    if off.any():
+        raise PtxError(f"thread {threads[off][0]}: access of {width} bytes at an address that is no multiple of that")
+
+
 def registers(vector: str) -> list[str]:
     return re.findall(r"[%\w]+", vector)
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A cp.async that has not landed."""
+
+    threads: NDArray[np.int64]
+    groups: NDArray[np.int64]  # of each thread, the number of the group that the copy belongs to
+    to: NDArray[np.int64]
+    values: NDArray[np.uint8]  # (threads, bytes)
+
+    def of(self, which: NDArray[np.bool_]) -> Copy:
+        return Copy(self.threads[which], self.groups[which], self.to[which], self.values[which])
 
 
 class Machine:
@@ -61,22 +83,47 @@ class Machine:
         self.active = np.ones(self.threads, bool)  # who takes part in the current instruction
         self.running = np.ones(self.threads, bool)
         self.next = np.zeros(self.threads, np.int64)
+        self.copies: list[Copy] = []
+        self.committed = np.zeros(self.threads, np.int64)  # groups of copies
 
     def run(self, operations: dict[str, Callable[[Machine, Instruction], None]]) -> None:
-        code = self.program.instructions
         while self.running.any():
-            position = self.next[self.running].min()
-            here = self.running & (self.next == position)
-            instruction = code[position]
+            here, instruction = self._step()
             self.next[here] += 1
             self.active = here
             if instruction.predicate:
                 self.active = here & (self.read(instruction.predicate, "pred") ^ instruction.negated)
+                if (self._whole(self.active, instruction) != self.active).any():
+                    raise PtxError(f"only some threads take part in {instruction}")
             if instruction.name not in operations:
                 raise NotImplementedError(f"PTX: {instruction}")
             if self.active.any():
                 with np.errstate(all="ignore"):
                     operations[instruction.name](self, instruction)
+
+    def _step(self) -> tuple[NDArray[np.bool_], Instruction]:
+        """The threads at the lowest instruction that can be executed."""
+        positions = self.next[self.running]
+        lowest = positions.min()
+        here = self._ready(lowest)
+        if not here.any():  # a warp or the block waits there for the rest of it
+            lowest = next((p for p in np.unique(positions) if self._ready(p).any()), None)
+            if lowest is None:
+                raise PtxError(f"only some threads are at {self.program.instructions[positions.min()]}")
+            here = self._ready(lowest)
+        return here, self.program.instructions[lowest]
+
+    def _ready(self, position: int) -> NDArray[np.bool_]:
+        return self._whole(self.running & (self.next == position), self.program.instructions[position])
+
+    def _whole(self, threads: NDArray[np.bool_], instruction: Instruction) -> NDArray[np.bool_]:
+        """Without the warps, or the block, of which an instruction takes all threads and only some are among these."""
+        if not instruction.collective:
+            return threads
+        size = self.threads if instruction.of_the_block else 32
+        if self.threads % size:
+            raise PtxError(f"a block of {self.threads} threads, which are no whole warps, in {instruction}")
+        return threads & threads.reshape(-1, size).all(1).repeat(size)
 
     # Operands.
 
@@ -109,15 +156,27 @@ class Machine:
     # Memory.
 
     def address(self, operand: str) -> NDArray[np.int64]:
-        """Of the active threads."""
+        """In every thread."""
         found = ADDRESS.match(operand)
         assert found, operand
-        return self.read(found[1], "u64").astype(np.int64)[self.active] + int(found[2] or 0)
+        return self.read(found[1], "u64").astype(np.int64) + int(found[2] or 0)
 
-    def locate(self, space: str, addresses: NDArray[np.int64], width: int) -> list[tuple[Values, Values, Values]]:
+    def load(self, space: str, threads: NDArray[np.int64], addresses: NDArray[np.int64], width: int) -> Values:
+        """Bytes (threads, width): of these threads, at an address for each."""
+        values = np.empty((len(addresses), width), np.uint8)
+        for memory, which, offsets in self._located(space, threads, addresses, width):
+            values[which] = memory[offsets]
+        return values
+
+    def store(self, space: str, threads: NDArray[np.int64], addresses: NDArray[np.int64], values: Values) -> None:
+        for memory, which, offsets in self._located(space, threads, addresses, values.shape[1]):
+            memory[offsets] = values[which]
+
+    def _located(
+        self, space: str, threads: NDArray[np.int64], addresses: NDArray[np.int64], width: int
+    ) -> list[tuple[Values, Values, Values]]:
         """(bytes, which of the addresses, their offsets) for each piece of memory that the addresses fall into."""
-        if (addresses % width).any():
-            raise PtxError(f"access of {width} bytes at an address that is no multiple of that")
+        aligned(threads, addresses, width)
         shared = [(0, self.shared)]
         pieces = shared if space == "shared" else [(m.address, m.bytes) for m in self.memories]
         found = []
@@ -128,27 +187,28 @@ class Machine:
             if inside.any():
                 found.append((memory, inside, addresses[inside, None] - base + np.arange(width)))
         if outside.any():
-            thread = int(np.flatnonzero(self.active)[outside][0])
-            raise PtxError(f"thread {thread}: access of {width} bytes outside {space} memory")
+            raise PtxError(f"thread {threads[outside][0]}: access of {width} bytes outside {space} memory")
         return found
 
-    def load(self, space: str, addresses: NDArray[np.int64], width: int) -> NDArray[np.uint8]:
-        """(addresses, width) bytes."""
-        values = np.empty((len(addresses), width), np.uint8)
-        for memory, which, offsets in self.locate(space, addresses, width):
-            values[which] = memory[offsets]
-        return values
+    # Asynchronous copies.
 
-    def store(self, space: str, addresses: NDArray[np.int64], values: NDArray[np.uint8]) -> None:
-        for memory, which, offsets in self.locate(space, addresses, values.shape[1]):
-            memory[offsets] = values[which]
+    def copy_later(self, threads: NDArray[np.int64], to: NDArray[np.int64], values: NDArray[np.uint8]) -> None:
+        """To shared memory, which holds NaNs until `land`."""
+        self.store("shared", threads, to, np.full_like(values, 0xFF))
+        self.copies.append(Copy(threads, self.committed[threads], to, values))
 
-    # Warps.
+    def commit(self) -> None:
+        self.committed[self.active] += 1
 
-    def whole_warps(self, instruction: Instruction) -> None:
-        """PtxError unless every warp takes part with all its lanes or with none."""
-        if self.threads % 32 or (self.active.reshape(-1, 32).any(1) != self.active.reshape(-1, 32).all(1)).any():
-            raise PtxError(f"a part of a warp in {instruction}")
+    def land(self, keep: int) -> None:
+        """The copies of the active threads, but for those of the last `keep` groups and of none yet."""
+        waiting, self.copies = self.copies, []
+        for copy in waiting:
+            landed = self.active[copy.threads] & (copy.groups < self.committed[copy.threads] - keep)
+            done, rest = copy.of(landed), copy.of(~landed)
+            self.store("shared", done.threads, done.to, done.values)
+            if len(rest.threads):
+                self.copies.append(rest)
 
 
 def _special_registers(grid: Size, block: Size, index: Size) -> dict[str, Values]:

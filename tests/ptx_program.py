@@ -24,6 +24,15 @@ class Instruction:
         """The type it works in: its last modifier."""
         return self.modifiers[-1]
 
+    @property
+    def collective(self) -> bool:
+        """Whether it takes all threads of a warp or of the block."""
+        return "sync" in self.modifiers
+
+    @property
+    def of_the_block(self) -> bool:
+        return self.name in ("bar", "barrier") and "warp" not in self.modifiers
+
     def __str__(self) -> str:
         return f"{'.'.join((self.name, *self.modifiers))} {', '.join(self.operands)}"
 
