@@ -59,12 +59,15 @@ def quotient(a: Values, b: Values) -> Values:
 
 
 def multiply(m: Machine, i: Instruction) -> None:
-    only(i, "rn", "ftz", "lo", "wide")
+    only(i, "rn", "ftz", "lo", "hi", "wide")
     a, b = m.read(i.operands[1], i.kind), m.read(i.operands[2], i.kind)
-    if "wide" in i.modifiers:
+    if "wide" in i.modifiers or "hi" in i.modifiers:
         double = TYPES[f"{i.kind[0]}{2 * int(i.kind[1:])}"]
         a, b = a.astype(double), b.astype(double)
-    m.write(i.operands[0], a * b)
+    if "hi" in i.modifiers:
+        m.write(i.operands[0], (a * b >> 8 * a.itemsize // 2).astype(TYPES[i.kind]))
+    else:
+        m.write(i.operands[0], a * b)
 
 
 def fused_multiply_add(m: Machine, i: Instruction) -> None:
@@ -86,10 +89,11 @@ def convert_pair(m: Machine, i: Instruction) -> None:
 
 
 def convert(m: Machine, i: Instruction) -> None:
-    if i.modifiers[-2].endswith("x2"):
-        return convert_pair(m, i)
-    only(i, "rn", "rzi", "ftz", "sat")
     to, source = i.modifiers[-2:]
+    if to in ("f16x2", "bf16x2"):
+        convert_pair(m, i)
+        return
+    only(i, "rn", "rzi", "ftz", "sat")
     value = m.read(i.operands[1], source)
     if "rzi" in i.modifiers:
         value = np.trunc(value)
@@ -99,6 +103,13 @@ def convert(m: Machine, i: Instruction) -> None:
     if "sat" in i.modifiers:
         value = np.clip(np.nan_to_num(value, nan=0), 0, 1)
     m.write(i.operands[0], value.astype(TYPES[to]))
+
+
+def convert_pair(m: Machine, i: Instruction) -> None:
+    """cvt d, high, low: each rounded to half the width of d."""
+    only(i, "rn", "f16x2", "bf16x2")
+    low, high = (m.read(operand, "f32").astype(TYPES[i.modifiers[1][:-2]]) for operand in i.operands[:0:-1])
+    m.write(i.operands[0], np.stack([low, high], axis=1).view(BITS[4])[:, 0])
 
 
 def insert_bits(m: Machine, i: Instruction) -> None:
@@ -169,7 +180,7 @@ def load(m: Machine, i: Instruction) -> None:
         value = np.zeros(m.threads, dtype)
         part = loaded[:, k * dtype.itemsize : (k + 1) * dtype.itemsize]
         value[threads] = np.ascontiguousarray(part).view(dtype)[:, 0]
-        m.write(register, value.astype(np.uint16) if dtype.itemsize == 1 else value)  # no register is narrower
+        m.write(register, value.astype(np.int64) if dtype.kind == "i" else value)  # registers may be wider
 
 
 def store(m: Machine, i: Instruction) -> None:

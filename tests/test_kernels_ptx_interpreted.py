@@ -6,12 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from numpy.typing import NDArray
 from nvrtc import require_nvrtc
 from ptx_device import PtxDevice
 from ptx_machine import PtxError
 from test_host_device import sources
 from test_kernel_mutants import CASES
-from test_kernels_ptx import TYPES, check_tile
+from test_kernels_ptx import check_all, seeds
 
 from neox.gpu.source import Source
 
@@ -30,16 +32,6 @@ def wrappers(folder: Path, right: str = "", wrong: str = "") -> Source:
     return source
 
 
-def check_wrappers(source: Source) -> None:
-    device = PtxDevice()
-    for dtype in TYPES:
-        for by_columns in (True, False):
-            check_tile(device, source, dtype, by_columns)
-    y = device.empty(4, "float32")
-    device.launch(source, "unwanted", 1, 1, (device.array(np.ones(4, np.float32)), y))
-    assert (y.get() == 0).all()
-
-
 CHECKS = [(check, case) for check, (_, cases) in CASES.items() for case in cases]
 
 
@@ -48,45 +40,124 @@ def test_what_the_compiler_made_of_each_kernel_is_right(check, case) -> None:
     check(PtxDevice(), *case)
 
 
-def test_the_assembly_computes_what_its_stand_in_does(tmp_path) -> None:
-    check_wrappers(wrappers(tmp_path))
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory) -> Source:
+    return wrappers(tmp_path_factory.mktemp("kernels"))
+
+
+@settings(max_examples=10)
+@given(seeds)
+def test_the_assembly_computes_what_its_stand_in_does(unchanged, seed) -> None:
+    check_all(PtxDevice(), unchanged, seed)
 
 
 # Wrong assembly, which the host device does not see at all.
 MUTANTS = [
+    ("{%4,%5,%6,%7}, {%8,%9}", "{%8,%9,%6,%7}, {%4,%5}"),
+    ("{%4,%5,%6,%7}", "{%5,%4,%7,%6}"),
     ("{%4,%5,%6,%7}", "{%4,%6,%5,%7}"),
     ("{%8,%9}", "{%9,%8}"),
     ('"{%0,%1,%2,%3}, {%4', '"{%0,%1,%3,%2}, {%4'),
     ("{%8,%9}, {%0,%1,%2,%3}", "{%8,%9}, {%1,%0,%2,%3}"),
+    ("{%8,%9}, {%0,%1,%2,%3}", "{%8,%9}, {%2,%3,%0,%1}"),
+    ('DEFINE_MMA(__half, "f16")', 'DEFINE_MMA(__half, "bf16")'),
+    ('DEFINE_MMA(__nv_bfloat16, "bf16")', 'DEFINE_MMA(__nv_bfloat16, "f16")'),
     ("m8n8.x2.trans.shared", "m8n8.x2.shared"),
     ("m8n8.x2.shared", "m8n8.x2.trans.shared"),
     ("m8n8.x4.shared", "m8n8.x4.trans.shared"),
     ("m8n8.x4.trans.shared", "m8n8.x4.shared"),
+    ('"=r"(r[0]), "=r"(r[1]) :', '"=r"(r[1]), "=r"(r[0]) :'),
     ('"=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])', '"=r"(r[0]), "=r"(r[2]), "=r"(r[1]), "=r"(r[3])'),
     ("int bytes = wanted ? 16 : 0", "int bytes = 16"),
-    ('DEFINE_MMA(__nv_bfloat16, "bf16")', 'DEFINE_MMA(__nv_bfloat16, "f16")'),
+    ("int bytes = wanted ? 16 : 0", "int bytes = wanted ? 8 : 0"),
+    ("int bytes = wanted ? 16 : 0", "int bytes = wanted ? 0 : 16"),
+    ('"n"(KEEP)', '"n"(KEEP + 1)'),
+    ("cp.async.commit_group;", ""),
 ]
 
 
 @pytest.mark.parametrize(("right", "wrong"), MUTANTS, ids=[wrong for _, wrong in MUTANTS])
 def test_wrong_assembly_is_killed(tmp_path, right, wrong) -> None:
     with pytest.raises((AssertionError, PtxError)):
-        check_wrappers(wrappers(tmp_path, right, wrong))
+        check_all(PtxDevice(), wrappers(tmp_path, right, wrong))
 
 
 @pytest.mark.parametrize(
     ("body", "instruction"),
-    [("x[0] = __popc(threadIdx.x);", "popc"), ("x[0] = __umulhi(threadIdx.x, 1u << 31);", "mul.hi.u32|shr")],
+    [("x[0] = __popc(threadIdx.x);", "popc"), ("x[0] = __clz(threadIdx.x);", "clz")],
 )
 def test_an_instruction_it_does_not_know_is_named(tmp_path, body, instruction) -> None:
     with pytest.raises(NotImplementedError, match=instruction):
         interpreted(tmp_path, body)
 
 
-def interpreted(folder: Path, body: str) -> None:
+def interpreted(folder: Path, body: str) -> NDArray[np.float32]:
+    """x (64), zeros at first, after 64 threads have run the body."""
     (folder / "k.cu").write_text(f'extern "C" __global__ void k(float* x) {{ {body} }}')
     device = PtxDevice()
-    device.launch(Source("k.cu", ("k",), folder), "k", 1, 64, (device.zeros(64, "float32"),))
+    x = device.zeros(64, "float32")
+    device.launch(Source("k.cu", ("k",), folder), "k", 1, 64, (x,))
+    return x.get()
+
+
+ARITHMETIC = """
+extern "C" __global__ void k(const float* x, const float* y, const int* a, const int* b, const long long* c, float* f,
+                             int* i, long long* l) {
+    int t = threadIdx.x;
+    f[t] = fminf(x[t], y[t]);
+    f[64 + t] = fmaxf(x[t], y[t]);
+    f[128 + t] = x[t] < y[t];
+    f[192 + t] = x[t] != y[t];
+    f[256 + t] = !(x[t] >= y[t]);
+    i[t] = a[t] / b[t];
+    i[64 + t] = a[t] % b[t];
+    i[128 + t] = __mulhi(a[t], b[t]);
+    i[192 + t] = static_cast<int>(x[t]);
+    l[t] = c[t] / b[t];
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def arithmetic(tmp_path_factory) -> Source:
+    folder = tmp_path_factory.mktemp("kernels")
+    (folder / "k.cu").write_text(ARITHMETIC)
+    return Source("k.cu", ("k",), folder)
+
+
+@settings(max_examples=10)
+@given(seeds)
+def test_arithmetic_is_a_cards(arithmetic, seed) -> None:
+    """NaN among floats, quotients towards zero, and floats beyond the integers."""
+    rng = np.random.default_rng(seed)
+    x, y = rng.choice(np.float32([np.nan, np.inf, -np.inf, 0, -3.75, 2.5, 3e9, -3e9, 2.0**31]), (2, 64))
+    a, c = rng.integers(-(2**31), 2**31, 64, np.int32), rng.integers(-(2**63), 2**63, 64, np.int64)
+    b = rng.choice(np.int32([-(2**30), -7, -2, 3, 5, 2**31 - 1]), 64)
+    device = PtxDevice()
+    f, i, whole = device.empty((5, 64), "float32"), device.empty((4, 64), "int32"), device.empty(64, "int64")
+    device.launch(arithmetic, "k", 1, 64, (*map(device.array, (x, y, a, b, c)), f, i, whole))
+    assert np.array_equal(f.get(), [np.fmin(x, y), np.fmax(x, y), x < y, x != y, ~(x >= y)], equal_nan=True)
+    wide, limits = a.astype(np.int64), np.iinfo(np.int32)
+    nearest = np.clip(np.nan_to_num(x.astype(np.float64), nan=0), limits.min, limits.max)
+    assert np.array_equal(i.get(), [np.trunc(a / b), np.fmod(a, b), wide * b >> 32, np.trunc(nearest)])
+    assert whole.get().tolist() == [abs(n) // abs(d) * (1 if (n < 0) == (d < 0) else -1) for n, d in pairs(c, b)]
+
+
+def pairs(a: NDArray, b: NDArray) -> list[tuple[int, int]]:
+    return list(zip(a.tolist(), b.tolist(), strict=True))
+
+
+def test_a_warp_that_is_early_at_a_barrier_waits(tmp_path) -> None:
+    """The second warp has half a round to go while the first is at the barrier again, above it in the text."""
+    body = """
+    #pragma unroll 1
+    for (int i = 0; i < 3; i++) {
+        __syncthreads();
+        if (threadIdx.x < 32) continue;
+        x[threadIdx.x] += 1.0f;
+    }
+    """
+    assert interpreted(tmp_path, body).tolist() == [0] * 32 + [3] * 32
 
 
 @pytest.mark.parametrize(
