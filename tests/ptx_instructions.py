@@ -80,14 +80,6 @@ def fused_multiply_add(m: Machine, i: Instruction) -> None:
     m.write(i.operands[0], rounded)
 
 
-def convert_pair(m: Machine, i: Instruction) -> None:
-    """cvt.rn.f16x2.f32 d, a, b: b is the lower half of d."""
-    only(i, "rn", "f16x2", "bf16x2")
-    dtype = {"f16x2": np.float16, "bf16x2": bfloat16}[i.modifiers[-2]]
-    b, a = (m.read(operand, "f32").astype(dtype).view(np.uint16) for operand in i.operands[:0:-1])
-    m.write(i.operands[0], np.stack([b, a], axis=1).view(np.uint32)[:, 0])
-
-
 def convert(m: Machine, i: Instruction) -> None:
     to, source = i.modifiers[-2:]
     if to in ("f16x2", "bf16x2"):

@@ -2,9 +2,9 @@
 
 It sees what the host device cannot: a wrong operand in an asm statement, or a compiler's surprise. It does not see
 races: all threads of a block step together, those with the lowest instruction first, which brings diverged threads
-together again; where an instruction takes a whole warp or block, those wait that are there first. A register is an array
-with an entry for each thread of the block. Accesses are checked for bounds and alignment. Shared memory holds NaNs until
-it is written, and where a cp.async writes until that has been waited for.
+together again; where an instruction takes a whole warp or block, those wait that are there first. A register is an
+array with an entry for each thread of the block. Accesses are checked for bounds and alignment. Shared memory holds
+NaNs until it is written, and where a cp.async writes until that has been waited for.
 
 Denormals are kept where a card would flush them to zero, and fused multiply-adds pass through float64.
 """

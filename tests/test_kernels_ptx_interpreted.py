@@ -130,9 +130,9 @@ def arithmetic(tmp_path_factory) -> Source:
 def test_arithmetic_is_a_cards(arithmetic, seed) -> None:
     """NaN among floats, quotients towards zero, and floats beyond the integers."""
     rng = np.random.default_rng(seed)
-    x, y = rng.choice(np.float32([np.nan, np.inf, -np.inf, 0, -3.75, 2.5, 3e9, -3e9, 2.0**31]), (2, 64))
+    x, y = rng.choice(np.array([np.nan, np.inf, -np.inf, 0, -3.75, 2.5, 3e9, -3e9, 2.0**31], np.float32), (2, 64))
     a, c = rng.integers(-(2**31), 2**31, 64, np.int32), rng.integers(-(2**63), 2**63, 64, np.int64)
-    b = rng.choice(np.int32([-(2**30), -7, -2, 3, 5, 2**31 - 1]), 64)
+    b = rng.choice(np.array([-(2**30), -7, -2, 3, 5, 2**31 - 1], np.int32), 64)
     device = PtxDevice()
     f, i, whole = device.empty((5, 64), "float32"), device.empty((4, 64), "int32"), device.empty(64, "int64")
     device.launch(arithmetic, "k", 1, 64, (*map(device.array, (x, y, a, b, c)), f, i, whole))
