@@ -188,6 +188,16 @@ def models() -> None:
     (FOLDER / "index" / "model.safetensors").unlink()
 
 
+YAML = [
+    b"num-layers: 8\n",
+    b"a: &a [1e5, !!float 2]\nb: *a",
+    b"a: &a {x: 1}\nb: {<<: *a}",
+    b"a: !!timestamp 2001-01-01\nb: 2001-01-01",
+    b"a: !!int '3'\nb: !!bool 'yes'\nc: !!binary aa==\nd: !!set {x}\ne: !!omap [x: 1]",
+    b"? [a, b]\n: |\n  text\n",
+]
+
+
 def pickle_of(path: Path) -> bytes:
     with zipfile.ZipFile(path) as archive:
         content = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
@@ -211,7 +221,7 @@ def corpus() -> Path:
         safetensors: [(FOLDER / "safetensors/model.safetensors").read_bytes()],
         index: [(golden / "bin in shards/pytorch_model.bin.index.json").read_bytes()],
         latest: [b"global_step1"],
-        yaml: [(FOLDER / "neox/configs/model.yml").read_bytes(), b"num-layers: 8\n", b"a: &a [1e5, !!float 2]\nb: *a"],
+        yaml: [(FOLDER / "neox/configs/model.yml").read_bytes(), *YAML],
         config: [(FOLDER / "config/config.json").read_bytes(), (golden / "bin/config.json").read_bytes()],
     }
     for number, target in enumerate(TARGETS):

@@ -476,16 +476,12 @@ def test_a_shard_of_another_model_trained_from_other_numbers_is_noticed(tmp_path
         open_checkpoint(folder)
 
 
-def test_a_yaml_that_refers_to_itself_is_not_printed(tmp_path: Path) -> None:
-    """Each line holds the one above nine times: written out, it would be a billion words."""
+def test_other_settings_in_a_yaml_may_be_of_any_kind(tmp_path: Path) -> None:
     folder = written(tmp_path / "neox", SMALL, numbers_of(), 1)
-    lines = ["a0: &a0 [lol]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 12)]
-    path = folder / "configs" / "many.yml"
-    path.write_text("\n".join([*lines, "hidden-size: *a11"]))
-    with pytest.raises(InputError, match="another file of") as caught:
-        open_checkpoint(folder)
-    assert len(str(caught.value)) < 400
-    path.write_text("a: &a [*a]\nb: {c: 1}\n")
+    (folder / "configs" / "a.yml").write_text(
+        "optimizer: {type: Adam, params: {betas: [0.9, 0.95]}}\nnested: [[[1]]]\n"
+    )
+    (folder / "configs" / "b.yml").write_text("data-path: text\nsteps: 150000\nnothing:\n3: 4\n")
     assert open_checkpoint(folder).config == SMALL
 
 
@@ -501,7 +497,11 @@ def test_a_yaml_that_refers_to_itself_is_not_printed(tmp_path: Path) -> None:
         "? [a]\n: 1",
         "a: 2001-99-99",
         "<<: 3",
-        "a: " + "[" * 3000,
+        "a: " + "{a: " * 3000,
+        "a: &a [*a]",
+        "a0: &a0 [lol]\n" + "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(11)),
+        "a0: &a0 {x: 1}\n" + "".join(f"a{i + 1}: &a{i + 1} {{<<: [*a{i}, *a{i}]}}\n" for i in range(60)),
+        "- a\n" * (1 << 17),
         "a: \udc80",
     ],
 )

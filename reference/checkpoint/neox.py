@@ -162,8 +162,20 @@ def read_ranks(folder: Path) -> tuple[str, list[Layers]]:
 # The config.
 
 
+YAML_LENGTH = 1 << 18  # characters: some seconds for the library, and a hundred times what a config has
+
+
 class Loader(yaml.SafeLoader):
-    """Of plain values only, and to which 1e-5 is a number, as in JSON: to yaml of before 2009 it is text."""
+    """Of plain values only, and to which 1e-5 is a number, as in JSON: to yaml of before 2009 it is text.
+
+    Nothing may stand for something else in the file: twenty lines that do, one for two of the last, are a million.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """As the library does, but for an alias."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has an alias, such as *a, which is not read here")
+        return super().compose_node(parent, index)
 
 
 Loader.add_implicit_resolver(
@@ -172,8 +184,12 @@ Loader.add_implicit_resolver(
 
 
 def read_yaml(path: Path) -> Mapping[str, Any]:
+    """The plain values of a mapping, and of others the type. InputError if the file holds no such thing."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader)
+        text = path.read_text(encoding="utf-8")
+        if len(text) > YAML_LENGTH:
+            raise ValueError(f"{len(text)} characters are no config")
+        content = yaml.load(text, Loader)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, RecursionError, LookupError, AttributeError) as error:
@@ -185,7 +201,7 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
 
 
 def _is_plain(value: Any) -> bool:
-    """All that matters here is; the rest is not looked into, for it may refer to itself or have a million digits."""
+    """All that matters here is. Of integers, those that may have a million digits are not."""
     return value.bit_length() <= 64 if isinstance(value, int) else isinstance(value, (str, float, type(None)))
 
 
