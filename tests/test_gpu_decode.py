@@ -61,7 +61,9 @@ def test_prompts_and_steps_are_the_whole_text(device, config, lengths, dtype, st
         check_all(decoder.step(added), config, texts, dtype)
 
 
-def test_positions_over_1000() -> None:
+def test_positions_over_1000(monkeypatch) -> None:
+    """In chunks of which the second goes on within a tile of keys, and the third holds the ends of two texts."""
+    monkeypatch.setattr(decode, "CHUNK", 500)
     config = replace(SMALL, hidden_size=48, num_attention_heads=2, num_hidden_layers=1, max_position_embeddings=1100)
     texts = texts_of(config, [1030, 3], 0)
     decoder = CachedDecoder(on_device(all_devices()[0], config, "float16"))
