@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pytest
@@ -52,8 +53,9 @@ def compiled(source: Source, arch: str, method: str = "cubin") -> tuple[Any, dic
     return code, {name: _text(mangled[name]) for name in source.kernels}, log.getvalue()
 
 
+@cache
 def usage(source: Source, arch: str) -> dict[str, Usage]:
-    """By the kernels' names."""
+    """By the kernels' names. Not to be written to: whoever asks again is given the same."""
     _, mangled, log = compiled(source, arch)
     names = {value: name for name, value in mangled.items()}
     found = {}
