@@ -15,6 +15,14 @@ settings.register_profile("ci", dev, derandomize=True, database=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
 
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """An oracle that is not installed is a reason to skip, and never to pass."""
+    if item.get_closest_marker("oracle"):
+        for name in ("torch", "transformers"):
+            pytest.importorskip(name, reason=f"{name} is not installed: pip install -e '.[oracle]'")
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """One line for each reason to skip, with how many tests it took."""
     reports = terminalreporter.stats.get("skipped", [])
