@@ -150,3 +150,21 @@ def test_a_difference_is_told(tmp_path: Path) -> None:
     assert found["tensors"][EMBED_OUT]["count"] == 1
     assert abs(found["tensors"][EMBED_OUT]["largest"] - 1) < 1e-3
     assert inspected(shipped.path(), "--compare", shipped.path())["same"]
+
+
+def test_drawn_weights_are_the_same_in_every_layout(tmp_path: Path) -> None:
+    shape = ("pythia-14m", "--layers", "1", "--dtype", "float16")
+    for name, options in {"a": ("--shard-size", "5MB"), "b": ("--to", "neox", "--ranks", "2")}.items():
+        done = run("random_checkpoint.py", shape[0], tmp_path / name, *shape[1:], *options)
+        assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "a").glob("model-*-of-*.safetensors"))) > 1
+    assert inspected(tmp_path / "a", "--compare", tmp_path / "b")["same"]
+    assert read_config(tmp_path / "a").num_hidden_layers == 1
+
+
+@pytest.mark.parametrize(
+    "wrong", [("--layers", "0"), ("--layers", "7"), ("--seed", "-1"), ("--ranks", "3", "--to", "neox")]
+)
+def test_a_shape_that_cannot_be_drawn_is_refused(tmp_path: Path, wrong: tuple[str, ...]) -> None:
+    done = run("random_checkpoint.py", "pythia-14m", tmp_path / "out", *wrong)
+    assert (done.returncode, done.stderr.count("\n"), list(tmp_path.iterdir())) == (2, 1, [])
