@@ -2,6 +2,7 @@
 
     python examples/inspect_checkpoint.py pythia-70m
     python examples/inspect_checkpoint.py path/to/a --compare path/to/b
+    python examples/inspect_checkpoint.py path/to/ranks --merges
 
 The checksum at the end is that of the numbers: it is the same for the same weights in every layout and dtype.
 """
@@ -13,21 +14,26 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from tqdm import tqdm
 
 from neox.reference.checkpoint.hub import find
 from neox.reference.checkpoint.layouts import Source, source_in
+from neox.reference.checkpoint.load import load
 from neox.reference.checkpoint.summary import Progress, Summary, checksum, difference, summarize
 from neox.reference.checkpoint.tensors import TensorSpec, tensor_table
 from neox.reference.config import Config, parameter_count
 from neox.reference.cores import cores
 from neox.reference.costs import cached_numbers
 from neox.reference.errors import Parser, run
+from neox.reference.model import Array, Model, forward
 
 MERGES = ("mean", "fold")
 T = TypeVar("T")
+PROMPT = 64  # tokens on which merges are compared
 LONGEST = 10  # tensors named in a list before the rest is counted
 
 
@@ -37,6 +43,7 @@ def parser() -> Parser:
     flags.add_argument("--revision", help="of a named model, such as step1000; of a folder, a folder inside it")
     flags.add_argument("--layer-norms", choices=MERGES, default=MERGES[0], help="of several ranks: how they are merged")
     flags.add_argument("--compare", metavar="OTHER", help="another one: which tensors differ, and by how much")
+    flags.add_argument("--merges", action="store_true", help="what merging the ranks' norms does to logits")
     flags.add_argument("--json", action="store_true", help="print one JSON object")
     return flags
 
@@ -97,6 +104,25 @@ def compare(a: Source, b: Source) -> dict[str, Any]:
     differences = {} if alone else each(a, lambda spec, progress: difference(spec, a, b, progress))
     different = {name: asdict(found) for name, found in differences.items() if found.count}
     return {"config": fields, "not_comparable": alone, "tensors": different, "same": not (fields or alone or different)}
+
+
+def log_probabilities(model: Model, ids: Array) -> Array:  # (B,T) -> (B,T,V)
+    logits = forward(model, ids).astype(np.float64)
+    logits -= logits.max(axis=-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def effect_of_merging(folder: Path) -> dict[str, float]:
+    """How far the logits of norms that were averaged lie from those of folded ones, which are exact."""
+    models = {merge: load(folder, weights="streamed", layer_norms=merge) for merge in MERGES}
+    config = models["fold"].config
+    ids = np.random.default_rng(0).integers(config.vocab_size, size=(1, min(PROMPT, config.max_position_embeddings)))
+    mean, exact = (log_probabilities(models[merge], ids) for merge in MERGES)
+    return {
+        "largest difference of a log-probability": float(abs(mean - exact).max()),
+        "mean Kullback-Leibler divergence, nats": float((np.exp(exact) * (exact - mean)).sum(axis=-1).mean()),
+        "positions with another best token": float((mean.argmax(axis=-1) != exact.argmax(axis=-1)).mean()),
+    }
 
 
 # What is printed.
@@ -160,9 +186,19 @@ def shortened(lines: Sequence[str]) -> list[str]:
     return [*lines[:LONGEST], *more]
 
 
+def merging_text(effect: Mapping[str, float]) -> str:
+    lines = [f"  {name:42} {value:.3g}" for name, value in effect.items()]
+    return "\n".join([f"norms merged by their mean, on {PROMPT} drawn tokens, against the exact fold:", *lines])
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    source = source_in(find(args.model, args.revision), args.layer_norms)
+    folder = find(args.model, args.revision)
+    if args.merges:
+        effect = effect_of_merging(folder)
+        print(json.dumps(effect) if args.json else merging_text(effect))
+        return
+    source = source_in(folder, args.layer_norms)
     if args.compare is not None:
         found = compare(source, source_in(find(args.compare), args.layer_norms))
         print(json.dumps(found) if args.json else comparison_text(found))

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from closeness import assert_close
+from test_neox_checkpoint import SMALL, drifted, numbers_of, written
 
 from neox.reference import shipped
 from neox.reference.checkpoint.layouts import source_in
@@ -168,3 +169,14 @@ def test_drawn_weights_are_the_same_in_every_layout(tmp_path: Path) -> None:
 def test_a_shape_that_cannot_be_drawn_is_refused(tmp_path: Path, wrong: tuple[str, ...]) -> None:
     done = run("random_checkpoint.py", "pythia-14m", tmp_path / "out", *wrong)
     assert (done.returncode, done.stderr.count("\n"), list(tmp_path.iterdir())) == (2, 1, [])
+
+
+def test_what_merging_norms_does_to_the_logits_is_said(tmp_path: Path) -> None:
+    folder = written(tmp_path / "ranks", SMALL, numbers_of(), 2)
+    equal = run("inspect_checkpoint.py", folder, "--merges", "--json")
+    drifted(folder)
+    apart = run("inspect_checkpoint.py", folder, "--merges", "--json")
+    name = "largest difference of a log-probability"
+    assert json.loads(equal.stdout)[name] < 1e-4  # folded vectors are rounded to float32
+    assert 1e-2 < json.loads(apart.stdout)[name] < 10
+    assert name in run("inspect_checkpoint.py", folder, "--merges").stdout
