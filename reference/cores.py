@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 # The names under which OpenBLAS exports its thread control: in NumPy's wheels, and where a distribution links its own.
@@ -54,3 +55,18 @@ def one_blas_thread() -> Iterator[None]:
         yield
     finally:
         set_threads(before)
+
+
+def in_shares(work: Callable[[int, int], object], length: int, step: int, most: int) -> None:
+    """work(first, last) over the whole of range(length), cut at multiples of step into a share for each core.
+
+    most: how many shares are worth a thread.
+    """
+    steps = -(-length // step)
+    count = max(1, min(cores(), most, steps))
+    if count == 1:
+        work(0, length)
+        return
+    edges = [min(length, steps * i // count * step) for i in range(count + 1)]
+    with one_blas_thread(), ThreadPoolExecutor(count) as pool:
+        list(pool.map(work, edges[:-1], edges[1:]))

@@ -18,7 +18,7 @@ from loops import gelu_erf, gelu_tanh, logits
 from numpy.typing import NDArray
 from strategies import TINY, draw_ids, random_model
 
-from neox.reference import decode, model, normal, prefill, project
+from neox.reference import cores, decode, model, normal, prefill, project
 from neox.reference.config import Config
 from neox.reference.errors import InputError
 from neox.reference.model import LayerNorm, Model
@@ -124,7 +124,7 @@ def tail_in_float64() -> None:
 
 
 def stored_in_fewer_bits() -> None:
-    """A product with a float16 or bfloat16 matrix is that with the matrix widened, in blocks of any size."""
+    """A product with a float16 or bfloat16 matrix is that with the matrix widened, in blocks and shares of any size."""
     import ml_dtypes
 
     rng = np.random.default_rng(0)
@@ -135,12 +135,27 @@ def stored_in_fewer_bits() -> None:
             for block_bytes in (1, 4 * 7 * 4, 1 << 20):  # a row at a time; four, so that the last block is short; all
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(project, "BLOCK_BYTES", block_bytes)
+                    patch.setattr(project, "SHARE_BYTES", 2 * 7 * 3)  # worth three shares
+                    patch.setattr(cores, "cores", lambda: 3)
                     y = project.project(x, weight)
                 assert y.dtype == np.float32
                 wide, magnitude = weight.astype(np.float64), np.abs(weight.astype(np.float64))
                 # Sums of 7 products: each is rounded once and each of 6 additions once more.
                 atol = 7 * FLOAT32_STEP * (np.abs(x.astype(np.float64)) @ magnitude.T).max()
                 assert_close(y, x.astype(np.float64) @ wide.T, rtol=0, atol=atol)
+
+
+def shares_are_the_whole() -> None:
+    """Each of a range's steps lies in one share, whole, and there are as many shares as can be used."""
+    for length, step, most, count in ((11, 1, 9, 3), (11, 4, 9, 3), (11, 4, 2, 2), (1, 5, 9, 1), (12, 4, 9, 3)):
+        shares: list[tuple[int, int]] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cores, "cores", lambda: 3)
+            cores.in_shares(lambda first, last, to=shares: to.append((first, last)), length, step, most)
+        firsts, lasts = zip(*sorted(shares), strict=True)
+        assert len(shares) == count
+        assert (0, *lasts) == (*firsts, length)
+        assert not any(first % step for first in firsts)
 
 
 def same_dtype() -> None:
@@ -293,6 +308,7 @@ CHECKS = {
         activations,
         tail_in_float64,
         stored_in_fewer_bits,
+        shares_are_the_whole,
         same_dtype,
         taps_replace,
         cached_is_uncached,

@@ -16,9 +16,9 @@ from types import ModuleType
 
 import pytest
 
-from neox.reference import backward, corpus, decode, model, normal, optimizer, prefill, project, train
+from neox.reference import backward, cores, corpus, decode, model, normal, optimizer, prefill, project, train
 
-MODULES = (normal, project, model, decode, prefill, backward, optimizer, corpus, train)
+MODULES = (normal, cores, project, model, decode, prefill, backward, optimizer, corpus, train)
 
 
 @dataclass(frozen=True)
@@ -312,7 +312,7 @@ STORAGE = (
         "last rows not multiplied",
         "stored_in_fewer_bits",
         "_project_widened",
-        ("range(0, outputs, step)", "range(0, outputs - step, step)"),
+        ("range(first, last, step)", "range(first, last - step, step)"),
         ("np.empty((len(x), outputs), x.dtype)", "np.zeros((len(x), outputs), x.dtype)"),
         module=project,
     ),
@@ -320,8 +320,22 @@ STORAGE = (
         "one block for all rows",
         "stored_in_fewer_bits",
         "_project_widened",
-        ("weight[start : start + step]", "weight[: len(weight[start : start + step])]"),
+        ("weight[start:stop]", "weight[: stop - start]"),
         module=project,
+    ),
+    mutant(
+        "rows of the last step in no share",
+        "shares_are_the_whole",
+        "in_shares",
+        ("-(-length // step)", "length // step"),
+        module=cores,
+    ),
+    mutant(
+        "shares cut within a step",
+        "shares_are_the_whole",
+        "in_shares",
+        ("steps * i // count * step", "steps * i * step // count"),
+        module=cores,
     ),
 )
 
