@@ -58,7 +58,8 @@ class Utf8Stream:
 
 
 class Tokenizer:
-    """A tokenizer.json. `size`: one more than the largest id that has a token; `eos`: the id of <|endoftext|>, or None.
+    """A tokenizer.json. `size`: one more than the largest id that has a token; `eos`: the id of <|endoftext|>, or None;
+    `special`: ids that stand for no text.
 
     The rows of a model's vocabulary are padded to a round number, so it has ids without a token: they decode to
     nothing, and are never sampled.
@@ -70,6 +71,7 @@ class Tokenizer:
         self._bytes = {index: bytes_of(token) for token, index in vocabulary.items()}
         self.size: int = max(self._bytes, default=-1) + 1
         self.eos: int | None = library.token_to_id(END_OF_TEXT)
+        self.special = frozenset(i for i, token in library.get_added_tokens_decoder().items() if token.special)
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text, and nothing more; <|endoftext|> written in it becomes the one id that it names.
