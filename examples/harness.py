@@ -57,7 +57,10 @@ class Engine:
 Open = Callable[..., Engine]  # of a folder, and of model_args that are not the adapter's own
 
 
-def open_reference(folder: Path, dtype: str = "float32", weights: str = "auto", **fields: Any) -> Engine:
+def open_reference(
+    folder: Path, device: str | None = None, dtype: str = "float32", weights: str = "auto", **fields: Any
+) -> Engine:
+    """device: what the harness says to every model; this one has none."""
     model = load(folder, dtype=dtype, weights=weights, **fields)
     return Engine(TreeReader(model), lambda requests, tokenizer: nullcontext(CachedDecoder(model)))
 

@@ -36,7 +36,6 @@ from neox.reference.decode import BLOCK, Cache, nothing
 from neox.reference.errors import InputError
 from neox.reference.model import Array, Mix, Model, Tap, attend, checked, embed, layer, rotary_tables, unembed
 
-BATCH = 512  # tokens, at least, that go through the model at a time; the last text of a batch may bring more
 SMALLEST_SHARE = 64  # tokens; with fewer, a product is too thin to keep a core busy
 
 Ids = Sequence[int]
@@ -53,6 +52,14 @@ class Score:
     @property
     def total(self) -> float:
         return math.fsum(self.logprobs)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of a batch, which ends with the text that reaches one of them."""
+
+    tokens: int = 512  # that are read
+    positions: float = math.inf  # of all texts with branches of their own, each counted at the length of the longest
 
 
 # What the model reads for a request.
@@ -187,16 +194,17 @@ class Batch:
         return sum(part.stop - part.start for part in self.kept)
 
 
-def groups(tree: Iterable[Leaf], size: int) -> Iterator[list[Leaf]]:
-    """Leaves that follow each other, in groups of at least `size` new tokens."""
+def groups(tree: Iterable[Leaf], limits: Limits) -> Iterator[list[Leaf]]:
+    """Leaves that follow each other, in groups that reach a limit."""
     group: list[Leaf] = []
-    tokens = 0
+    tokens = longest = 0
     for leaf in tree:
         group.append(leaf)
         tokens += len(leaf.ids) - leaf.shared
-        if tokens >= size:
+        longest = max(longest, len(leaf.ids))
+        if tokens >= limits.tokens or len(group) * longest >= limits.positions:
             yield group
-            group, tokens = [], 0
+            group, tokens, longest = [], 0, 0
     if group:
         yield group
 
@@ -265,6 +273,9 @@ class Reader(Protocol):
 
     @property
     def config(self) -> Config: ...
+
+    @property
+    def limits(self) -> Limits: ...
 
     def read(self, batch: Batch) -> Judgement: ...
 
@@ -347,9 +358,10 @@ def cache_after(cache: Cache | None, batch: Batch, shape: tuple[int, int, int], 
 class TreeReader:
     """The reference model, on every core: each takes a share of a batch's tokens through all layers, as in prefill."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, limits: Limits = Limits()) -> None:
         self._model = model
         self._cache: Cache | None = None
+        self.limits = limits
 
     @property
     def config(self) -> Config:
@@ -396,7 +408,6 @@ def scores(
     reader: Reader,
     pairs: Sequence[Pair],
     progress: Callable[[int, int], object] = lambda read, total: None,
-    size: int = BATCH,
 ) -> Iterator[tuple[int, Score]]:
     """The score of every pair with its index, as soon as it is known; in the order of the tree.
 
@@ -412,7 +423,7 @@ def scores(
     total = sum(len(leaf.ids) - leaf.shared for leaf in tree)
     path: Path = ()
     done = 0
-    for group in groups(tree, size):
+    for group in groups(tree, reader.limits):
         tokens = sum(len(leaf.ids) - leaf.shared for leaf in group)
         asked, places = wanted.between(done, done + tokens)
         batch, path = batch_of(group, path, asked)

@@ -64,7 +64,7 @@ def alone(model: Model, pair: tuple[Sequence[int], Sequence[int]]) -> tuple[NDAr
 
 
 def same_as_alone(model: Model, pairs: Sequence[tuple[list[int], list[int]]], size: int) -> None:
-    found = dict(scoring.scores(scoring.TreeReader(model), pairs, size=size))
+    found = dict(scoring.scores(scoring.TreeReader(model, scoring.Limits(size)), pairs))
     assert sorted(found) == list(range(len(pairs)))
     for index, pair in enumerate(pairs):
         logprobs, greedy = alone(model, pair)
@@ -102,8 +102,9 @@ class Remembering:
     position of a token must be the length of the text before it.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, tokens: int = 60, positions: float = math.inf) -> None:
         self.config = config
+        self.limits = scoring.Limits(tokens, positions)
         self.memory: list[tuple[int, ...]] = []
         self.read_tokens = 0
         self.rows = 0
@@ -142,13 +143,13 @@ def expected_of(config: Config, pair: tuple[Sequence[int], Sequence[int]]) -> tu
     return tuple(number(read[: first + i], target) for i, target in enumerate(continuation))
 
 
-def every_token_once(drawn: Drawn = Drawn(), size: int = 60) -> None:
+def every_token_once(drawn: Drawn = Drawn(), tokens: int = 60, positions: float = math.inf) -> None:
     """Every token is read once, after the right text, and every prediction made once that is wanted."""
     config = replace(TINY, vocab_size=50432)
     pairs = drawn.pairs(config)
-    reader = Remembering(config)
+    reader = Remembering(config, tokens, positions)
     told: list[tuple[int, int]] = []
-    found = dict(scoring.scores(reader, pairs, lambda read, total: told.append((read, total)), size))
+    found = dict(scoring.scores(reader, pairs, lambda read, total: told.append((read, total))))
     assert len(found) == len(pairs)
     for index, pair in enumerate(pairs):
         assert found[index].logprobs == expected_of(config, pair)
@@ -182,9 +183,21 @@ def batches_are_of_the_size_asked_for() -> None:
             assert len(batch.ids) - (batch.branches[-1].tokens.stop - batch.branches[-1].tokens.start) < 60
             return super().read(batch)
 
-    list(scoring.scores(Counting(TINY), Drawn().pairs(TINY), size=60))
+    list(scoring.scores(Counting(TINY), Drawn().pairs(TINY)))
     assert len(sizes) > 3
     assert min(sizes[:-1]) >= 60
+    positions: list[int] = []
+
+    class Narrow(Remembering):
+        def read(self, batch: scoring.Batch) -> scoring.Judgement:
+            lengths = [branch.start + branch.tokens.stop - branch.tokens.start for branch in batch.branches]
+            positions.append(len(lengths) * max(lengths))
+            assert (len(lengths) - 1) * max(lengths[:-1], default=0) < 200
+            return super().read(batch)
+
+    list(scoring.scores(Narrow(TINY, 10**6, 200), Drawn().pairs(TINY)))
+    assert len(positions) > 3
+    assert min(positions[:-1]) >= 200
 
 
 # What is read for a request.

@@ -90,7 +90,8 @@ TREE = [
     *mutants(
         scoring,
         "batches_are_of_the_size_asked_for",
-        ("the whole tree at once", "groups", (("tokens >= size", "False"),)),
+        ("the whole tree at once", "groups", (("tokens >= limits.tokens", "False"),)),
+        ("as many texts as there are", "groups", (("len(group) * longest >= limits.positions", "False"),)),
         ("shared tokens counted", "groups", (("len(leaf.ids) - leaf.shared", "len(leaf.ids)"),)),
     ),
 ]

@@ -38,9 +38,9 @@ def test_every_check_has_a_mutant_and_every_name_is_used_once():
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
 
 
-@given(drawn, st.integers(1, 200))
-def test_every_token_of_drawn_requests_is_read_once(requests: Drawn, size: int):
-    every_token_once(requests, size)
+@given(drawn, st.integers(1, 200), st.sampled_from([np.inf, 1, 150]))
+def test_every_token_of_drawn_requests_is_read_once(requests: Drawn, tokens: int, positions: float):
+    every_token_once(requests, tokens, positions)
 
 
 @given(configs(), drawn, st.sampled_from(["float32", "float64"]), st.sampled_from([1, 50, 512]))

@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from neox.reference.errors import InputError
+
 Doc = dict[str, Any]
 
 # Files.
@@ -28,24 +30,24 @@ HARNESS_FORM = {"query", "choices", "gold"}  # documents that the harness has pr
 
 
 def file_of(data: str | None, task: str) -> Path:
-    """The file of a task; ValueError if there is not exactly one."""
+    """The file of a task; InputError if there is not exactly one."""
     if data is None:
-        raise ValueError(f"{task} reads a file: say where it is by --data FOLDER or --metadata data=FOLDER")
+        raise InputError(f"{task} reads a file: say where it is by --data FOLDER or --metadata data=FOLDER")
     found = sorted(Path(data).glob(f"{task}*.jsonl"))
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise ValueError(f"{task} reads one file {task}*.jsonl in {data}; there is {names}")
+        raise InputError(f"{task} reads one file {task}*.jsonl in {data}; there is {names}")
     return found[0]
 
 
 def read(path: Path, prepare: Callable[[Doc], Doc]) -> list[Doc]:
-    """The documents of a file, one JSON object a line. ValueError names the line that is none, or lacks a field."""
+    """The documents of a file, one JSON object a line. InputError names the line that is none, or lacks a field."""
     docs = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             docs.append(prepare(json.loads(line)))
         except (ValueError, LookupError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: {type(error).__name__}: {error}") from error
+            raise InputError(f"{path}, line {number}: {type(error).__name__}: {error}") from error
     return docs
 
 
@@ -111,7 +113,7 @@ def prepared(task: str) -> Callable[[Doc], Doc]:
 
 
 def from_file(task: str, data: str | None = None, **_: Any) -> Any:
-    """The dataset of a task of PREPARE. ValueError as file_of and read."""
+    """The dataset of a task of PREPARE. InputError as file_of and read."""
     from datasets import Dataset, DatasetDict
 
     return DatasetDict({"validation": Dataset.from_list(read(file_of(data, task), prepared(task)))})
@@ -167,7 +169,7 @@ def question(kind: str, rng: random.Random) -> tuple[str, int]:
 def arithmetic_docs(kind: str, count: int = COUNT, seed: int = SEED, form: str = "long") -> list[Doc]:
     """The questions of a kind; those of another seed are others."""
     if form not in FORMS:
-        raise ValueError(f"form must be {' or '.join(FORMS)}, not {form!r}")
+        raise InputError(f"form must be {' or '.join(FORMS)}, not {form!r}")
     rng = random.Random(f"{kind} {seed}")
     drawn = (question(kind, rng) for _ in range(count))
     return [{"query": FORMS[form].format(text), "answer": f" {result}"} for text, result in drawn]
