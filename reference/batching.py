@@ -1,0 +1,338 @@
+"""Many texts at once, each coming and going when it will: what a server needs of a model.
+
+    handle = batch.submit(job)                 it waits
+    until nothing is left to do:
+        events = batch.step()                  texts join; every one of them advances; those that end leave
+    batch.cancel(handle)                       it leaves at once
+
+A step passes the new positions of all texts through the model end to end, as if they were one text: one id of each text
+that is being continued, and a share of the prompts that are still being read, so a long prompt does not hold up the
+others. Everything but attention looks at single positions, so the weights are read once for all of them; attention
+looks into the cache of each text by itself. What a text becomes thus depends on the others only by the rounding of
+sums: its ids are those that it gets alone, unless two ids are as likely as each other up to rounding.
+
+Memory is bounded: a text joins when the positions that it may come to have are free, in the order of submission.
+
+Dimensions as in model.py; N is the number of positions of a step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, count, pairwise
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+
+from neox.reference.config import Config
+from neox.reference.decode import Cache, mix_over, new_cache, query_blocks
+from neox.reference.errors import InputError
+from neox.reference.generate import Continuation, Piece, Request
+from neox.reference.model import Array, Mix, Model, Tap, embed, layer, rotary_tables, unembed
+from neox.reference.sampling import best, log_softmax
+from neox.reference.tokenizer import Tokenizer
+
+# What computes.
+
+Memory = TypeVar("Memory")  # of one text, in a backend
+
+
+@dataclass(frozen=True)
+class Segment(Generic[Memory]):
+    """What a step appends to one text."""
+
+    memory: Memory
+    ids: Sequence[int]
+    wanted: int  # the logits after so many of the ids, the last ones, are of interest
+
+
+class Backend(Protocol[Memory]):
+    """A model with room for texts of different lengths."""
+
+    @property
+    def config(self) -> Config: ...
+
+    def open(self, capacity: int) -> Memory:
+        """Room for a text of up to `capacity` positions. InputError if there is none."""
+        ...
+
+    def close(self, memory: Memory) -> None:
+        """The text is over."""
+        ...
+
+    def advance(self, segments: Sequence[Segment[Memory]]) -> list[Array]:
+        """Append to each text; the logits that are wanted of each, (wanted,V)."""
+        ...
+
+
+class ReferenceBackend:
+    """The reference model, a cache for each text."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+
+    @property
+    def config(self) -> Config:
+        return self._model.config
+
+    def open(self, capacity: int) -> Cache:
+        try:
+            return new_cache(self._model, 1, capacity)
+        except MemoryError as error:
+            raise InputError(f"not enough memory for the keys and values of {capacity} tokens") from error
+
+    def close(self, memory: Cache) -> None:
+        pass  # it is freed with the last reference to it
+
+    def advance(self, segments: Sequence[Segment[Cache]]) -> list[Array]:
+        x = through_layers(self._model, segments)
+        bounds = cuts(len(segment.ids) for segment in segments)
+        wanted = [np.arange(cut.stop - s.wanted, cut.stop) for s, cut in zip(segments, bounds, strict=True)]
+        logits = unembed(self._model, x[:, np.concatenate(wanted)])[0]
+        return [logits[cut] for cut in cuts(map(len, wanted))]
+
+
+def cuts(lengths: Iterable[int]) -> list[slice]:
+    """Where parts of these lengths lie, one after the other."""
+    return [slice(start, stop) for start, stop in pairwise(accumulate(lengths, initial=0))]
+
+
+def through_layers(model: Model, segments: Sequence[Segment[Cache]]) -> Array:  # (1,N,C)
+    """What the last layer makes of the segments' ids, end to end; their caches are filled."""
+    lengths = [len(s.ids) for s in segments]
+    positions = [np.arange(length) + s.memory.length for s, length in zip(segments, lengths, strict=True)]
+    rotary = rotary_tables(model.config, np.concatenate(positions)[None])
+    blocks = [query_blocks(s.memory, s.memory.length, length) for s, length in zip(segments, lengths, strict=True)]
+    x = embed(model, np.concatenate([np.asarray(s.ids, np.int64) for s in segments])[None])  # (1,N,C)
+    for i, p in enumerate(model.params.layers):
+        mixes = [mix_over(s.memory, i, s.memory.length, b) for s, b in zip(segments, blocks, strict=True)]
+        x = layer(p, model.config, x, rotary, mix_each(mixes, cuts(lengths)))
+    for s, length in zip(segments, lengths, strict=True):
+        s.memory.length += length
+    return x
+
+
+def mix_each(mixes: Sequence[Mix], bounds: Sequence[slice]) -> Mix:
+    """Attention in which each part of the positions has its own: that over the cache of its text."""
+
+    def mix(q: Array, k: Array, v: Array, tap: Tap) -> Array:  # (1,H,N,D) x 3 -> (1,H,N,D)
+        z = np.empty_like(q)
+        for own, cut in zip(mixes, bounds, strict=True):
+            z[:, :, cut] = own(q[:, :, cut], k[:, :, cut], v[:, :, cut], tap)
+        return z
+
+    return mix
+
+
+# What is asked, and what comes back.
+
+
+@dataclass(frozen=True)
+class Job:
+    """A text to continue, and perhaps what the model thinks of its beginning."""
+
+    request: Request
+    prompt_logprobs: int | None = None  # report log-probabilities of the prompt's ids, and of this many best ones
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Log-probabilities of a prompt, before the first piece of its continuation: of every id but the first."""
+
+    index: int  # the handle
+    logprobs: tuple[float, ...]
+    top: tuple[tuple[tuple[int, float], ...], ...]  # for each, the best ids and theirs, the best first
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A text that could not be continued. Nothing of it follows."""
+
+    index: int  # the handle
+    error: InputError
+
+
+Event = Piece | Scores | Failure  # of a piece, too, the index is the handle
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What bounds memory and waiting. InputError if a value is less than 1, or waiting less than 0."""
+
+    positions: int  # of all texts that are being continued, together
+    running: int = 16  # texts that are continued side by side
+    waiting: int = 64  # texts that wait for a place
+    chunk: int = 256  # positions of prompts that are read in one step
+
+    def __post_init__(self) -> None:
+        for name, least in (("positions", 1), ("running", 1), ("waiting", 0), ("chunk", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} must be {least} or more, not {getattr(self, name)}")
+
+
+class Full(Exception):
+    """As many texts as may wait are waiting already."""
+
+
+# The batch.
+
+
+@dataclass
+class Text(Generic[Memory]):
+    """One of the batch."""
+
+    continuation: Continuation
+    job: Job
+    capacity: int
+    memory: Memory | None = None  # once it has joined
+    read: int = 0  # ids that the model has seen
+    logprobs: list[float] = field(default_factory=list)  # of the prompt, as far as it was read
+    top: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+
+    @property
+    def unread(self) -> int:
+        return len(self.continuation.ids) - self.read
+
+
+class Batch(Generic[Memory]):
+    """Texts that wait, texts that are being continued, and the loop that moves both on. For use by one thread."""
+
+    def __init__(self, backend: Backend[Memory], limits: Limits, tokenizer: Tokenizer | None = None) -> None:
+        self.limits = limits
+        self._backend = backend
+        self._tokenizer = tokenizer
+        self._numbers = count()
+        self._waiting: deque[int] = deque()
+        self._running: list[int] = []
+        self._texts: dict[int, Text[Memory]] = {}
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def positions(self) -> int:
+        """That are set aside for the texts that are being continued."""
+        return sum(self._texts[handle].capacity for handle in self._running)
+
+    def submit(self, job: Job) -> int:
+        """A handle, by which its events are known. It joins in a later step.
+
+        InputError if the model cannot continue it, or if it would not fit even alone; Full if too many wait.
+        """
+        handle = next(self._numbers)
+        continuation = Continuation(handle, job.request, self._backend.config, self._tokenizer)
+        capacity = continuation.limit - 1  # the last id is not fed to the model
+        if capacity > self.limits.positions:
+            raise InputError(
+                f"{capacity} positions are more than the {self.limits.positions} there are: ask for fewer tokens"
+            )
+        if len(self._texts) >= self.limits.running + self.limits.waiting:
+            raise Full
+        self._texts[handle] = Text(continuation, job, capacity)
+        self._waiting.append(handle)
+        return handle
+
+    def cancel(self, handle: int) -> None:
+        """It leaves, wherever it is; nothing more is heard of it. Nothing happens if it is over."""
+        if handle in self._texts:
+            self._leave(handle)
+
+    def step(self) -> list[Event]:
+        """Texts join, all of them advance, and those that end leave.
+
+        One piece for each text whose prompt is read. If the backend fails, all that were running leave, since nobody
+        knows how far they are, and its exception is raised.
+        """
+        events = self._join()
+        handles = self._next_to_advance()
+        if not handles:
+            return events
+        segments = [self._segment(handle, length) for handle, length in handles.items()]
+        try:
+            logits = self._backend.advance(segments)
+        except BaseException:
+            for handle in [*self._running]:
+                self._leave(handle)
+            raise
+        for (handle, length), rows in zip(handles.items(), logits, strict=True):
+            events += self._take(handle, length, rows)
+        return events
+
+    def _join(self) -> list[Event]:
+        """Those that have waited longest, while there is room; failures of those for which memory is lacking."""
+        failures: list[Event] = []
+        while self._waiting and self.running < self.limits.running:
+            handle = self._waiting[0]
+            text = self._texts[handle]
+            if self.positions + text.capacity > self.limits.positions:
+                break  # those behind it could fit, but would then keep it waiting for ever
+            try:
+                text.memory = self._backend.open(text.capacity)
+            except InputError as error:
+                self._leave(handle)
+                failures.append(Failure(handle, error))
+            else:
+                self._running.append(self._waiting.popleft())
+        return failures
+
+    def _leave(self, handle: int) -> None:
+        text = self._texts.pop(handle)
+        (self._waiting if text.memory is None else self._running).remove(handle)
+        if text.memory is not None:
+            self._backend.close(text.memory)
+
+    def _next_to_advance(self) -> dict[int, int]:
+        """How many ids of each text are passed through the model."""
+        left = self.limits.chunk  # for prompts, of which those that joined first are read first
+        lengths: dict[int, int] = {}
+        for handle in self._running:
+            text = self._texts[handle]
+            if text.read >= len(text.job.request.prompt):
+                lengths[handle] = 1
+            elif left:
+                lengths[handle] = min(left, text.unread)
+                left -= lengths[handle]
+        return lengths
+
+    def _segment(self, handle: int, length: int) -> Segment[Memory]:
+        text = self._texts[handle]
+        assert text.memory is not None
+        reading = text.read < len(text.job.request.prompt)
+        every = reading and text.job.prompt_logprobs is not None
+        wanted = length if every else int(length == text.unread)
+        return Segment(text.memory, text.continuation.ids[text.read : text.read + length], wanted)
+
+    def _take(self, handle: int, length: int, logits: Array) -> list[Event]:  # (wanted,V)
+        """What becomes of the logits after the ids that a text was extended by."""
+        text = self._texts[handle]
+        reading = text.read < len(text.job.request.prompt)
+        text.read += length
+        try:
+            if reading and text.job.prompt_logprobs is not None:
+                self._score(text, length, logits, text.job.prompt_logprobs)
+            if text.unread:
+                return []
+            piece = text.continuation.take(logits[-1])
+        except InputError as error:  # its numbers are not finite: no concern of the other texts
+            self._leave(handle)
+            return [Failure(handle, error)]
+        if piece.finish_reason is not None:
+            self._leave(handle)
+        if reading and text.job.prompt_logprobs is not None:
+            return [Scores(handle, tuple(text.logprobs), tuple(text.top)), piece]
+        return [piece]
+
+    def _score(self, text: Text[Memory], length: int, logits: Array, count: int) -> None:
+        """Keep what the logits say of the ids that follow in the prompt."""
+        following = text.job.request.prompt[text.read - length + 1 : text.read + 1]
+        for index, row in zip(following, logits, strict=False):  # nothing follows the last of the prompt
+            logprobs = log_softmax(row)
+            text.logprobs.append(float(logprobs[index]))
+            text.top.append(tuple((int(i), float(logprobs[i])) for i in best(logprobs, count)))
