@@ -32,9 +32,7 @@ class ShardReader:
         shard, config, kept = self._shard, self.config, batch.kept_length
         model = shard.model
         heads = model.params.layers[0].attention.dense.weight.shape[1] // config.head_dim
-        self._cache = cache_after(
-            self._cache, batch, (config.num_hidden_layers, heads, config.head_dim), model.dtype
-        )
+        self._cache = cache_after(self._cache, batch, (config.num_hidden_layers, heads, config.head_dim), model.dtype)
         reach = reaches(batch, 0, len(batch.ids), model.dtype)
         rotary = rotary_tables(config, batch.positions[None])
         x = embed(shard, batch.ids[None])

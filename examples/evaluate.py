@@ -50,7 +50,7 @@ def parser() -> Parser:
     flags.add_argument("--data", metavar="FOLDER", help="where the files of the tasks local_* are")
     flags.add_argument("--tensor-parallel", nargs="?", type=int, const=0, metavar="N", help="share the model among N")
     flags.add_argument("--allreduce", choices=["window", "allgather"], help="how the ranks add up")
-    flags.add_argument("--timeout", type=float, metavar="S", help="end all ranks when one makes no progress for so long")
+    flags.add_argument("--timeout", type=float, metavar="S", help="end all ranks when one hangs for so long")
     return flags
 
 
@@ -149,7 +149,6 @@ def evaluate(arguments: Sequence[str], opener: Open | None = None) -> None:
         raise InputError(INSTALL) from error
     import harness
 
-    harness.register(opener or harness.open_backend)
     rows: list[Row] = []
 
     def compared(*args: Any, **kwargs: Any) -> Any:
@@ -162,6 +161,7 @@ def evaluate(arguments: Sequence[str], opener: Open | None = None) -> None:
     evaluated = lm_eval.simple_evaluate
     with (
         replaced(sys, "argv", [sys.argv[0], *arguments]),
+        replaced(harness.NeoX, "open", staticmethod(opener or harness.open_backend)),
         replaced(lm_eval, "simple_evaluate", compared),
         replaced(lm_eval.tasks, "TaskManager", task_manager(arguments)),
     ):

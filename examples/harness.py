@@ -12,10 +12,9 @@ Importing this needs the harness: pip install "neox20b[eval]".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +131,10 @@ def task_of(tokenizer: Tokenizer, config: Config, context: str, arguments: dict[
 
 def beginning(tokenizer: Tokenizer, config: Config) -> int:
     """The token before a text that has nothing before it."""
-    return config.eos_token_id if tokenizer.eos is None else tokenizer.eos
+    begin = config.eos_token_id if tokenizer.eos is None else tokenizer.eos
+    if begin is None:
+        raise InputError("neither the tokenizer nor the config has an end-of-text token, with which texts begin")
+    return begin
 
 
 def answer_of(tokenizer: Tokenizer, ids: Sequence[int], stops: Sequence[str]) -> str:
@@ -147,10 +149,11 @@ def bar(total: int, what: str, disable: bool) -> tqdm[Any]:
     return tqdm(total=total, desc=what, unit="token", unit_scale=True, disable=disable or None)
 
 
-class NeoX(TemplateLM):
+@register_model("neox")
+class NeoX(TemplateLM):  # type: ignore[misc]  # to mypy the harness is untyped
     """pretrained: a folder or name, the shipped model by default. Other model_args are those of the backend."""
 
-    open: Open = staticmethod(open_backend)
+    open: Open = staticmethod(open_backend)  # what opens the model; where it is on several ranks, another
 
     def __init__(
         self,
@@ -200,17 +203,24 @@ class NeoX(TemplateLM):
         return self._neox_tokenizer.encode(string)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        pair = partial(pair_of, self._neox_tokenizer, begin=self.eot_token_id)
-        return self._loglikelihood_tokens([(r.args, *pair(*r.args)) for r in requests], disable_tqdm=disable_tqdm)
+        texts = [request.args for request in requests]
+        pairs = [pair_of(self._neox_tokenizer, context, rest, self.eot_token_id) for context, rest in texts]
+        return self._answered(texts, pairs, disable_tqdm)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
+        pairs: list[Pair] = [(context, continuation) for _, context, continuation in requests]
+        return self._answered([texts for texts, _, _ in requests], pairs, disable_tqdm)
+
+    def _answered(
+        self, texts: Sequence[tuple[str, str]], pairs: Sequence[Pair], disable: bool
+    ) -> list[tuple[float, bool]]:
         found: dict[int, tuple[float, bool]] = {}
-        for index, total, greedy in self._scored([(c, t) for _, c, t in requests], "log-likelihoods", disable_tqdm):
+        for index, total, greedy in self._scored(pairs, "log-likelihoods", disable):
             found[index] = total, greedy
-            self.cache_hook.add_partial("loglikelihood", requests[index][0], found[index])
-        return [found[index] for index in range(len(requests))]
+            self.cache_hook.add_partial("loglikelihood", texts[index], found[index])
+        return [found[index] for index in range(len(pairs))]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         texts = [self.tok_encode(*request.args) for request in requests]
@@ -226,7 +236,7 @@ class NeoX(TemplateLM):
                 self.cache_hook.add_partial("loglikelihood_rolling", requests[owner].args, sums[owner])
         return sums
 
-    def _scored(self, pairs: Sequence[Pair], what: str, disable: bool) -> Any:
+    def _scored(self, pairs: Sequence[Pair], what: str, disable: bool) -> Iterator[tuple[int, float, bool]]:
         with bar(0, what, disable) as progress:
 
             def read(done: int, total: int) -> None:
@@ -238,7 +248,8 @@ class NeoX(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         tokenizer, config = self._neox_tokenizer, self._engine.config
-        tasks = [task_of(tokenizer, config, *r.args, seed=self._seed + i) for i, r in enumerate(requests)]
+        asked = [request.args for request in requests]
+        tasks = [task_of(tokenizer, config, text, how, self._seed + i) for i, (text, how) in enumerate(asked)]
         answers = [""] * len(tasks)
         order = sorted(range(len(tasks)), key=lambda i: -len(tasks[i].request.prompt))
         with tqdm(total=len(tasks), desc="answers", disable=disable_tqdm or None) as progress:
@@ -249,16 +260,6 @@ class NeoX(TemplateLM):
                     completions = complete(decoder, texts, tokenizer)
                 for index, completion in zip(group, completions, strict=True):
                     answers[index] = answer_of(tokenizer, completion.ids, tasks[index].stops)
-                    self.cache_hook.add_partial("generate_until", requests[index].args, answers[index])
+                    self.cache_hook.add_partial("generate_until", asked[index], answers[index])
                 progress.update(len(group))
         return answers
-
-
-def register(opener: Open = open_backend) -> type[NeoX]:
-    """Make the adapter known to the harness as `neox`, with an engine of one's own."""
-
-    class Registered(NeoX):
-        open = staticmethod(opener)
-
-    register_model("neox")(Registered)
-    return Registered

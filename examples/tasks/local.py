@@ -3,7 +3,7 @@
 The harness calls these functions for the YAML files beside them, with what --metadata says among the arguments:
 
     --metadata data=FOLDER     a folder with piqa_val.jsonl, or any *.jsonl whose name begins with that of the task
-    --metadata form=short      arithmetic as "Q: ... A:", as GPT-3's authors printed it and the shipped model has read it
+    --metadata form=short      arithmetic as "Q: ... A:", as GPT-3's authors printed it and the shipped model read it
     --metadata count=100       of arithmetic: questions of each kind
     --metadata questions=7     of arithmetic: their seed
 
