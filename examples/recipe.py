@@ -57,6 +57,7 @@ class Part:
 
 FIRST = Part({"tales": 2, "tiny": 4}, 20_000_000, 450_000, phrases=12_000, chants=0, seed=0)
 SECOND = Part({"tales": 1, "tiny": 2}, 1_500_000, 215_000, phrases=3_000, chants=45_000, seed=10)
+THIRD = Part({"tales": 2, "tiny": 4}, 5_500_000, 95_000, phrases=1_500, chants=2_000, seed=20)
 
 
 # Stories.
@@ -218,7 +219,7 @@ def main() -> None:
     args = parser.parse_args()
     train, held = stories(args.corpora)
     files: dict[str, Iterable[str]] = {f"held-out/{kind}": texts for kind, texts in held.items()}
-    for name, part in (("first", FIRST), ("second", SECOND)):
+    for name, part in (("first", FIRST), ("second", SECOND), ("third", THIRD)):
         files |= {f"{name}/{kind}": texts for kind, texts in written(train, part).items()}
     for name, texts in files.items():
         content = lines(texts)
