@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -29,6 +33,8 @@ from neox.reference.trace import (
 # Two orders of the same float64 sums; see checks.FLOAT64.
 FLOAT64 = 1e-12
 
+GOLDEN = Path(__file__).with_name("golden")
+HOOKED = replace(TINY, num_hidden_layers=2, hidden_act="gelu")  # of golden/hooks.npz
 CONFIGS = [TINY, replace(TINY, use_parallel_residual=False, hidden_act="gelu")]
 IDS = draw_ids(TINY, 2, 7, 0)
 
@@ -43,7 +49,12 @@ def model_of(config: Config = TINY, seed: int = 0) -> Model:
 @pytest.mark.parametrize("config", CONFIGS)
 def test_every_name_is_seen_in_its_place(config: Config) -> None:
     seen = []
-    forward(model_of(config), IDS, lambda name, array: (seen.append(name), array)[1])
+
+    def watch(name: str, array: np.ndarray) -> np.ndarray:
+        seen.append(name)
+        return array
+
+    forward(model_of(config), IDS, watch)
     assert seen == hook_names(config)
 
 
@@ -156,7 +167,7 @@ def test_hooks_of_one_name_follow_each_other() -> None:
 
 
 def test_a_hook_that_returns_another_shape_is_refused() -> None:
-    with pytest.raises(InputError, match="a hook made .* of hook_embed"):
+    with pytest.raises(InputError, match=r"a hook made .* of hook_embed"):
         run_with_hooks(model_of(), IDS, {"hook_embed": lambda x: x[:, :1]})
 
 
@@ -217,3 +228,39 @@ def test_a_head_without_its_output_is_a_model_without_its_columns(head: int, see
     layers = [replace(model.params.layers[0], attention=cut), *model.params.layers[1:]]
     without = replace(model, params=replace(model.params, layers=layers))
     assert_close(run_with_hooks(model, IDS, {"blocks.0.attn.hook_z": silent}), forward(without, IDS), FLOAT64)
+
+
+# TransformerLens, its names and its numbers.
+
+
+def load_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_hooks", GOLDEN / "make_hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def assert_shared(found: Mapping[str, np.ndarray], config: Config, ids: np.ndarray) -> None:
+    """1e-5 of the largest number of each array: some ten float32 roundings, of two orders of the sums."""
+    _, cache = run_with_cache(random_model(config, 0), ids)
+    assert set(found) == set(cache)
+    for name, array in found.items():
+        seen = np.isfinite(cache[name])
+        assert not (seen & (array == np.finfo(np.float32).min)).any()
+        assert_close(np.where(seen, cache[name], 0), np.where(seen, array, 0), 1e-5)
+
+
+def test_every_name_is_what_transformer_lens_calls_so() -> None:
+    with np.load(GOLDEN / "hooks.npz") as found:
+        assert_shared(found, HOOKED, draw_ids(HOOKED, 2, 9, 0))
+
+
+@pytest.mark.oracle
+def test_every_name_is_what_transformer_lens_calls_so_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformer_lens", reason="transformer_lens is not installed")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    ids = draw_ids(TINY, 1, 50, 3)
+    found = load_script().seen_by_transformer_lens(TINY, ids)
+    assert_shared({name: found[name] for name in hook_names(TINY)}, TINY, ids)
