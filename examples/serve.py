@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import queue
 import re
 import secrets
@@ -533,11 +534,13 @@ def parser() -> Parser:
 
 def listen(host: str, port: int) -> socket.socket:
     """InputError if nobody can listen there."""
+    if not 0 <= port < 1 << 16:
+        raise InputError(f"--port must be between 0 and 65535, not {port}")
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        # Only system calls have a positive number; looking up a name has a message of its own.
+        reason = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror
         raise InputError(f"cannot listen at {host}, port {port} ({reason}): choose another --port or --host") from error
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         # Whoever takes nothing of what is sent is gone. The sockets of connections inherit it.
@@ -555,6 +558,19 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
+def settings(app: ASGIApp, connections: int) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="on",
+        log_level="warning",
+        access_log=False,
+        limit_concurrency=connections,
+        timeout_graceful_shutdown=GRACE,
+    )
+
+
 def serve(args: argparse.Namespace, batch: Batch[Any], name: str, context: int, tokenizer: Tokenizer) -> None:
     with listen(args.host, args.port) as listener:
         host, port = listener.getsockname()[:2]
@@ -569,19 +585,7 @@ def serve(args: argparse.Namespace, batch: Batch[Any], name: str, context: int, 
         else:
             note(f"whoever reaches {args.host} may use it: there is no password")
         # Connections that only wait take little, but there must be some end to them.
-        connections = 4 * (args.texts + args.queue) + 100
-        server = Server(
-            uvicorn.Config(
-                app,
-                http="h11",
-                ws="none",
-                lifespan="on",
-                log_level="warning",
-                access_log=False,
-                limit_concurrency=connections,
-                timeout_graceful_shutdown=GRACE,
-            )
-        )
+        server = Server(settings(app, 4 * (args.texts + args.queue) + 100))
         with suppress(KeyboardInterrupt):
             server.run(sockets=[listener])
     note("stopped")
