@@ -540,7 +540,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         # Only system calls have a positive number; looking up a name has a message of its own.
-        reason = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
         raise InputError(f"cannot listen at {host}, port {port} ({reason}): choose another --port or --host") from error
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         # Whoever takes nothing of what is sent is gone. The sockets of connections inherit it.

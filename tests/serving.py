@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+import re
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -146,3 +148,16 @@ def serving(model: Model, tokenizer: Tokenizer, limits: Limits, body: int = 4096
         server.should_exit = True
         thread.join(30)
         assert not thread.is_alive()
+
+
+@contextmanager
+def started(*flags: str) -> Iterator[tuple[subprocess.Popen[str], Running]]:
+    """A server as a process of its own."""
+    command = [sys.executable, str(SERVE), "--port", "0", *flags]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, encoding="utf-8") as process:
+        try:
+            assert process.stderr is not None
+            lines = (re.search(r"http://127\.0\.0\.1:(\d+)/v1", line) for line in process.stderr)
+            yield process, Running(int(next(filter(None, lines))[1]), None)
+        finally:
+            process.kill()

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -29,7 +29,7 @@ WHY = "starlette and uvicorn are not installed: pip install -e '.[serve]'"
 pytest.importorskip("starlette", reason=WHY)
 pytest.importorskip("uvicorn", reason=WHY)
 
-from serving import SERVE, Running, answer_on, events_of, serving  # noqa: E402 - needs them
+from serving import SERVE, Running, answer_on, events_of, serving, started  # noqa: E402 - needs them
 
 Json = dict[str, Any]
 LONG = {"prompt": "Once", "max_tokens": 300, "ignore_eos": True, "stream": True}
@@ -323,21 +323,6 @@ def test_the_client_of_openai(server: Running) -> None:
 
 
 # The program.
-
-
-@contextmanager
-def started(*flags: str) -> Iterator[tuple[subprocess.Popen[str], Running]]:
-    """A server as a process of its own."""
-    command = [sys.executable, str(SERVE), "--port", "0", *flags]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, encoding="utf-8") as process:
-        try:
-            assert process.stderr is not None
-            found = next(
-                found for line in process.stderr if (found := re.search(r"http://127\.0\.0\.1:(\d+)/v1", line))
-            )
-            yield process, Running(int(found[1]))
-        finally:
-            process.kill()
 
 
 def test_ctrl_c_ends_it_at_once_whoever_is_connected() -> None:
