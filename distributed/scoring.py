@@ -55,5 +55,6 @@ class LeadingReader:
         return self._reader.config
 
     def read(self, batch: Batch) -> Judgement:
+        """As of Reader: what is asked is found here, of logits that come from all ranks."""
         self._comm.broadcast(batch)
         return judged(self._reader.logits(batch), batch.asked)

@@ -4,6 +4,7 @@
     python examples/evaluate.py --tasks local_piqa,local_lambada --data FOLDER --num_fewshot 5 --use_cache answers
     python examples/evaluate.py --model_args pretrained=pythia-70m --tasks lambada_openai,arc_easy --output_path results
     python examples/evaluate.py --model_args pretrained=FOLDER,backend=gpu --tasks hellaswag
+    python examples/evaluate.py --tasks local_lambada --data FOLDER --limit 100 --compare-throughput
     python examples/evaluate.py --tensor-parallel 2 --tasks local_arithmetic_2da
     python examples/evaluate.py ls tasks
 
@@ -48,6 +49,7 @@ OWN = "local_"  # with which the names of our tasks begin
 def parser() -> Parser:
     flags = Parser(description=__doc__, add_help=False, allow_abbrev=False)
     flags.add_argument("--data", metavar="FOLDER", help="where the files of the tasks local_* are")
+    flags.add_argument("--compare-throughput", action="store_true", help="also run transformers, and time both")
     flags.add_argument("--tensor-parallel", nargs="?", type=int, const=0, metavar="N", help="share the model among N")
     flags.add_argument("--allreduce", choices=["window", "allgather"], help="how the ranks add up")
     flags.add_argument("--timeout", type=float, metavar="S", help="end all ranks when one hangs for so long")
@@ -138,7 +140,20 @@ def task_manager(arguments: Sequence[str]) -> Callable[..., Any]:
     return partial(lm_eval.tasks.TaskManager, include_defaults=not ours)
 
 
-def evaluate(arguments: Sequence[str], opener: Open | None = None) -> None:
+def timed(evaluated: Callable[..., Any], how: dict[str, Any]) -> Any:
+    """The results of simple_evaluate's arguments, timed beside transformers."""
+    from throughput import compare
+
+    batch_size, model_args, logged = int(how.pop("batch_size")), how.pop("model_args"), how.pop("log_samples")
+    for name in ("model", "device", "max_batch_size", "use_cache"):
+        how.pop(name)
+    results = compare(evaluated, model_args, batch_size, **how)
+    if not logged:  # they were needed to compare
+        results.pop("samples")
+    return results
+
+
+def evaluate(arguments: Sequence[str], opener: Open | None = None, compare: bool = False) -> None:
     """Run the harness's command line; it looks up what is replaced here when it needs it."""
     harness_first()
     try:
@@ -150,12 +165,14 @@ def evaluate(arguments: Sequence[str], opener: Open | None = None) -> None:
     import harness
 
     rows: list[Row] = []
+    times: dict[str, float] = {}
 
-    def compared(*args: Any, **kwargs: Any) -> Any:
-        results = evaluated(*args, **kwargs)
+    def compared(**how: Any) -> Any:
+        results = timed(evaluated, how) if compare else evaluated(**how)
         if results is not None:
             rows.extend(published_rows(results))
             results["published"] = rows
+            times.update(results.get("throughput", {}))
         return results
 
     evaluated = lm_eval.simple_evaluate
@@ -166,6 +183,12 @@ def evaluate(arguments: Sequence[str], opener: Open | None = None) -> None:
         replaced(lm_eval.tasks, "TaskManager", task_manager(arguments)),
     ):
         cli_evaluate()
+    if times:
+        print(
+            f"answers in {times['neox_s']:.1f} s, by transformers in {times['transformers_s']:.1f} s: "
+            f"{times['times_as_fast']:.2f} times as fast; largest difference of a log-probability "
+            f"{times['largest_difference']:.1e}, flags or texts that differ: {times['different_flags_or_texts']}"
+        )
     if rows:
         print(f"beside published values (without examples; sources in {PUBLISHED.name})\n{table(rows)}")
 
@@ -192,9 +215,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if own.tensor_parallel is None and (own.allreduce or own.timeout) is not None:
         raise InputError("--allreduce and --timeout belong to --tensor-parallel")
+    if own.compare_throughput and own.tensor_parallel is not None:
+        raise InputError("--compare-throughput is for one process")
     arguments = completed(rest, own.data)
     if own.tensor_parallel is None:
-        evaluate(arguments)
+        evaluate(arguments, compare=own.compare_throughput)
     else:
         from neox.distributed import run_ranks
 

@@ -277,7 +277,9 @@ class Reader(Protocol):
     @property
     def limits(self) -> Limits: ...
 
-    def read(self, batch: Batch) -> Judgement: ...
+    def read(self, batch: Batch) -> Judgement:
+        """What is asked of the batch; InputError if the model's numbers overflow."""
+        ...
 
 
 def judged(logits: Array, asked: Asked) -> Judgement:  # (M,V)
@@ -368,6 +370,7 @@ class TreeReader:
         return self._model.config
 
     def read(self, batch: Batch) -> Judgement:
+        """As of Reader; the share of each core is a run of tokens, which may begin within a branch."""
         config, size = self.config, len(batch.ids)
         shape = (config.num_hidden_layers, config.num_attention_heads, config.head_dim)
         self._cache = cache_after(self._cache, batch, shape, self._model.dtype)
