@@ -64,7 +64,20 @@ def open_reference(
     return Engine(TreeReader(model), lambda requests, tokenizer: nullcontext(CachedDecoder(model)))
 
 
-BACKENDS: dict[str, Open] = {"reference": open_reference}
+def open_gpu(folder: Path, device: str | None = None, dtype: str = "float16", **fields: Any) -> Engine:
+    from neox import gpu
+    from neox.gpu.scoring import DeviceReader
+
+    names = {None: "cuda", "cuda:0": "cuda", "cuda": "cuda", "host": "host"}
+    if device not in names:
+        raise InputError(f"--device must be cuda or host, not {device}")
+    model = gpu.load(folder, dtype=dtype, device=names[device], **fields)
+    return Engine(
+        DeviceReader(model), lambda requests, tokenizer: nullcontext(gpu.decoder_for(model, requests, tokenizer))
+    )
+
+
+BACKENDS: dict[str, Open] = {"reference": open_reference, "gpu": open_gpu}
 
 
 def open_backend(folder: Path, backend: str = "reference", **arguments: Any) -> Engine:

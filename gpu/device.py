@@ -179,6 +179,19 @@ class Device(ABC):
         product_sizes(x, weight, out)
         self._matmul(x, weight, out)
 
+    def copy_positions(self, source: Array, target: Array, first: int, last: int) -> None:
+        """target[:, first:last] = source[:, first:last], of keys or values (H,S,D) of texts of any capacity S.
+
+        ValueError if shapes or dtypes do not fit, or either is shorter; CaptureError during capture.
+        """
+        self._refuse("copy")
+        (H, S, D), (_, other, _) = target.shape, source.shape
+        expect("source", source, (H, other, D), target.dtype)
+        if not 0 <= first <= last <= min(S, other):
+            raise ValueError(f"positions {first} to {last} of texts of {other} and {S}")
+        if first < last:
+            self._copy_positions(source, target, first, last)
+
     def capture(self, function: Callable[[], None]) -> Graph:
         """The launches that a function makes, as a graph. CaptureError if it does what cannot be captured."""
         self._refuse("another capture")
@@ -236,6 +249,9 @@ class Device(ABC):
 
     @abstractmethod
     def _matmul(self, x: Array, weight: Array, out: Array) -> None: ...
+
+    @abstractmethod
+    def _copy_positions(self, source: Array, target: Array, first: int, last: int) -> None: ...
 
     @abstractmethod
     def _capture(self) -> Any:
@@ -347,6 +363,9 @@ class HostDevice(Device):
         wide_x, wide_weight = (self._values(a).astype(np.float32, copy=False) for a in (x, weight))
         np.matmul(wide_x, wide_weight.T, out=self._values(out))
 
+    def _copy_positions(self, source: Array, target: Array, first: int, last: int) -> None:
+        self._values(target)[:, first:last] = self._values(source)[:, first:last]
+
     @contextmanager
     def _capture(self) -> Iterator[list[Any]]:
         launches: list[Callable[[], None]] = []
@@ -427,6 +446,15 @@ class CudaDevice(Device):
         matrices = (cublas.Matrix(a.address, (a.shape[0], a.shape[1]), a.dtype.name) for a in (x, weight, out))
         with self._stream:
             cublas.multiply(*self._cublas, *matrices)
+
+    def _copy_positions(self, source: Array, target: Array, first: int, last: int) -> None:
+        runtime = self._cupy.cuda.runtime
+        heads, capacity, width = target.shape
+        position = width * target.dtype.itemsize  # bytes of one
+        to, start = (array.address + first * position for array in (target, source))
+        size = (last - first) * position, heads  # of a rectangle, whose rows stand apart by a head's whole memory
+        pitches = capacity * position, source.shape[1] * position
+        runtime.memcpy2DAsync(to, pitches[0], start, pitches[1], *size, runtime.memcpyDeviceToDevice, self._stream.ptr)
 
     @contextmanager
     def _capture(self) -> Iterator[list[Any]]:

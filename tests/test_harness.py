@@ -292,10 +292,23 @@ def test_what_is_not_implemented_says_so(both: tuple[Any, Any], harness: ModuleT
     ):
         with pytest.raises(InputError, match=message):
             ours.generate_until(instances("generate_until", [("x", arguments)]))
-    with pytest.raises(InputError, match="backend must be reference"):
+    with pytest.raises(InputError, match="backend must be reference or gpu, not 'abacus'"):
         harness.NeoX(backend="abacus")
     with pytest.raises(InputError, match="no flavour"):
         harness.NeoX(flavour=1)
+
+
+def test_kernels_answer_alike(folders: dict[str, Path], harness: ModuleType):
+    """The kernels, on the CPU, in float32; one text of each kind of request."""
+    how = {"pretrained": str(folders["shipped"]), "max_length": 97}
+    reference, kernels = harness.NeoX(**how), harness.NeoX(**how, backend="gpu", device="host", dtype="float32")
+    pairs = instances("loglikelihood", LIKELIHOODS[:8])
+    mine, other = (lm.loglikelihood(pairs, disable_tqdm=True) for lm in (kernels, reference))
+    assert all(close(a, b) and flag == wanted for (a, flag), (b, wanted) in zip(mine, other, strict=True))
+    prompts = instances("generate_until", [("The old king", {"until": ["\n"], "max_gen_toks": 5})])
+    assert kernels.generate_until(prompts) == reference.generate_until(prompts)
+    with pytest.raises(InputError, match="--device must be cuda or host, not tpu"):
+        harness.NeoX(backend="gpu", device="tpu")
 
 
 def test_samples_differ_by_their_seed(harness: ModuleType):
