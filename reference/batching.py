@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate, count, pairwise
 from typing import Generic, Protocol, TypeVar
@@ -27,6 +28,7 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 
 from neox.reference.config import Config
+from neox.reference.cores import one_blas_thread
 from neox.reference.decode import Cache, mix_over, new_cache, query_blocks
 from neox.reference.errors import InputError
 from neox.reference.generate import Continuation, Piece, Request
@@ -37,6 +39,10 @@ from neox.reference.tokenizer import Tokenizer
 # What computes.
 
 Memory = TypeVar("Memory")  # of one text, in a backend
+
+# Multiplications of a product. The other cores of a server have more to do than this program, and a smaller product is
+# over before they have come to it: shared, it takes half its time when they are idle, and a hundred times when not.
+WORTH_THREADS = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -87,11 +93,19 @@ class ReferenceBackend:
         pass  # it is freed with the last reference to it
 
     def advance(self, segments: Sequence[Segment[Cache]]) -> list[Array]:
-        x = through_layers(self._model, segments)
         bounds = cuts(len(segment.ids) for segment in segments)
         wanted = [np.arange(cut.stop - s.wanted, cut.stop) for s, cut in zip(segments, bounds, strict=True)]
-        logits = unembed(self._model, x[:, np.concatenate(wanted)])[0]
+        rows, config = np.concatenate(wanted), self.config
+        with threads_for(bounds[-1].stop * config.hidden_size * config.intermediate_size):
+            x = through_layers(self._model, segments)
+        with threads_for(len(rows) * config.hidden_size * config.vocab_size):
+            logits = unembed(self._model, x[:, rows])[0]
         return [logits[cut] for cut in cuts(map(len, wanted))]
+
+
+def threads_for(multiplications: int) -> AbstractContextManager[None]:
+    """Products of this size on one core where that is better."""
+    return one_blas_thread() if multiplications <= WORTH_THREADS else nullcontext()
 
 
 def cuts(lengths: Iterable[int]) -> list[slice]:
