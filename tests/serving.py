@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+import os
 import re
 import socket
 import subprocess
@@ -152,9 +153,9 @@ def serving(model: Model, tokenizer: Tokenizer, limits: Limits, body: int = 4096
 
 @contextmanager
 def started(*flags: str) -> Iterator[tuple[subprocess.Popen[str], Running]]:
-    """A server as a process of its own."""
-    command = [sys.executable, str(SERVE), "--port", "0", *flags]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, encoding="utf-8") as process:
+    """A server as a process of its own, on one core: threads of OpenBLAS wait for each other where others compute."""
+    command, env = [sys.executable, str(SERVE), "--port", "0", *flags], {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, encoding="utf-8", env=env) as process:
         try:
             assert process.stderr is not None
             lines = (re.search(r"http://127\.0\.0\.1:(\d+)/v1", line) for line in process.stderr)
