@@ -29,9 +29,10 @@ from neox.reference.checkpoint.hub import find
 from neox.reference.checkpoint.load import load
 from neox.reference.config import Config
 from neox.reference.errors import InputError
-from neox.reference.generate import CachedDecoder, Decoder, Request, complete
+from neox.reference.generate import Decoder, Request, complete
 from neox.reference.sampling import GREEDY, Sampling
 from neox.reference.scoring import Pair, Reader, TreeReader, begun, rolling_windows, scores
+from neox.reference.sharing import SharingDecoder
 from neox.reference.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 
 TOGETHER = 16  # texts that are written side by side, unless --batch_size says otherwise
@@ -61,7 +62,8 @@ def open_reference(
 ) -> Engine:
     """device: what the harness says to every model; this one has none."""
     model = load(folder, dtype=dtype, weights=weights, **fields)
-    return Engine(TreeReader(model), lambda requests, tokenizer: nullcontext(CachedDecoder(model)))
+    decoder = SharingDecoder(model)
+    return Engine(TreeReader(model), lambda requests, tokenizer: nullcontext(decoder))
 
 
 def open_gpu(folder: Path, device: str | None = None, dtype: str = "float16", **fields: Any) -> Engine:
@@ -264,7 +266,7 @@ class NeoX(TemplateLM):  # type: ignore[misc]  # to mypy the harness is untyped
         asked = [request.args for request in requests]
         tasks = [task_of(tokenizer, config, text, how, self._seed + i) for i, (text, how) in enumerate(asked)]
         answers = [""] * len(tasks)
-        order = sorted(range(len(tasks)), key=lambda i: -len(tasks[i].request.prompt))
+        order = sorted(range(len(tasks)), key=lambda i: tasks[i].request.prompt)  # those that begin alike together
         with tqdm(total=len(tasks), desc="answers", disable=disable_tqdm or None) as progress:
             for first in range(0, len(order), self._together):
                 group = order[first : first + self._together]

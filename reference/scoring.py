@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Barrier
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -38,6 +38,7 @@ from neox.reference.model import Array, Mix, Model, Tap, attend, checked, embed,
 
 SMALLEST_SHARE = 64  # tokens; with fewer, a product is too thin to keep a core busy
 
+T = TypeVar("T")
 Ids = Sequence[int]
 Pair = tuple[Ids, Ids]  # context, continuation
 
@@ -113,6 +114,10 @@ class Leaf:
     shared: int
     texts: tuple[int, ...]  # their indices, its own included
 
+    @property
+    def new(self) -> int:
+        return len(self.ids) - self.shared
+
 
 def shared_length(a: Array, b: Array) -> int:
     """How many tokens two texts have in common before they part."""
@@ -121,10 +126,13 @@ def shared_length(a: Array, b: Array) -> int:
     return int(parted[0]) if parted.size else length
 
 
-def leaves(texts: Sequence[Array]) -> Iterator[Leaf]:
-    """The leaves of the tree of these texts, from left to right."""
+NO_TEXT = np.empty(0, np.int64)
+
+
+def leaves(texts: Sequence[Array], before: Array = NO_TEXT) -> Iterator[Leaf]:
+    """The leaves of the tree of these texts, from left to right. `before`: a text that was read last."""
     order = sorted(range(len(texts)), key=lambda i: texts[i].astype(">u4").tobytes())  # bytes compare fast
-    before, waiting = np.empty(0, np.int64), []
+    waiting = []
     for place, index in enumerate(order):
         ids = texts[index]
         waiting.append(index)
@@ -200,7 +208,7 @@ def groups(tree: Iterable[Leaf], limits: Limits) -> Iterator[list[Leaf]]:
     tokens = longest = 0
     for leaf in tree:
         group.append(leaf)
-        tokens += len(leaf.ids) - leaf.shared
+        tokens += leaf.new
         longest = max(longest, len(leaf.ids))
         if tokens >= limits.tokens or len(group) * longest >= limits.positions:
             yield group
@@ -215,7 +223,7 @@ def batch_of(group: Sequence[Leaf], path: Path, asked: Asked) -> tuple[Batch, Pa
     within = cut((slice(0, kept),), kept)
     branches, first = [], 0
     for leaf in group:
-        last = first + len(leaf.ids) - leaf.shared
+        last = first + leaf.new
         before = cut(within, leaf.shared)
         branches.append(Branch(slice(first, last), leaf.shared, before))
         within, first = extended(before, slice(kept + first, kept + last)), last
@@ -251,16 +259,37 @@ def wanted_of(tree: Sequence[Leaf], targets: Sequence[Ids], lengths: Sequence[in
     """targets[i] are predicted after the last tokens of text i, which has lengths[i]."""
     starts = starts_of(targets)
     tokens = np.zeros(starts[-1], np.int64)
-    path, count = np.empty(0, np.int64), 0  # the numbers of the tokens of a text
+    # The numbers of the tokens of a text; -1 of those of a text before the tree, after which nothing may be wanted.
+    path, count = np.full(tree[0].shared if tree else 0, -1), 0
     for leaf in tree:
-        new = len(leaf.ids) - leaf.shared
-        path = np.concatenate([path[: leaf.shared], np.arange(count, count + new)])
-        count += new
+        path = np.concatenate([path[: leaf.shared], np.arange(count, count + leaf.new)])
+        count += leaf.new
         for text in leaf.texts:
             tokens[starts[text] : starts[text + 1]] = path[lengths[text] - len(targets[text]) : lengths[text]]
     order = np.argsort(tokens, kind="stable")
     flat = np.array([target for some in targets for target in some], np.int64)
     return Wanted(tokens[order], flat[order], order)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A batch of the tree, and what belongs to it."""
+
+    leaves: Sequence[Leaf]
+    batch: Batch
+    places: Array  # (K,) of its targets, as of Wanted
+    path: Path  # of its last text
+
+
+def parts_of(tree: Iterable[Leaf], wanted: Wanted, limits: Limits, path: Path = ()) -> Iterator[Part]:
+    """The whole tree, in batches. `path` is that of the text that was read last."""
+    done = 0
+    for group in groups(tree, limits):
+        tokens = sum(leaf.new for leaf in group)
+        asked, places = wanted.between(done, done + tokens)
+        batch, path = batch_of(group, path, asked)
+        yield Part(group, batch, places, path)
+        done += tokens
 
 
 # What reads it.
@@ -371,27 +400,43 @@ class TreeReader:
 
     def read(self, batch: Batch) -> Judgement:
         """As of Reader; the share of each core is a run of tokens, which may begin within a branch."""
+        logprobs, greedy = zip(*self._shares(batch, judged), strict=True)
+        return np.concatenate(logprobs), np.concatenate(greedy)
+
+    def logits(self, batch: Batch) -> Array:  # (M,V)
+        """Of the rows that are asked for, where they are wanted themselves."""
+        return np.concatenate(self._shares(batch, lambda logits, asked: logits))
+
+    def texts(self, batch: Batch) -> Iterator[tuple[Array, Array]]:  # 2 x (L,H,S,D)
+        """Keys and values of the whole text of every branch of the batch that was read last."""
+        cache, kept = self._cache, batch.kept_length
+        assert cache is not None
+        for branch in batch.branches:
+            path = extended(branch.before, slice(kept + branch.tokens.start, kept + branch.tokens.stop))
+            yield gathered(cache.keys[:, 0], path), gathered(cache.values[:, 0], path)
+
+    def _shares(self, batch: Batch, take: Callable[[Array, Asked], T]) -> list[T]:
+        """What is taken of the logits of each share."""
         config, size = self.config, len(batch.ids)
         shape = (config.num_hidden_layers, config.num_attention_heads, config.head_dim)
         self._cache = cache_after(self._cache, batch, shape, self._model.dtype)
         count = max(1, min(cores(), size // SMALLEST_SHARE))
         if count == 1:
-            return self._share(batch, 0, size, nothing)
+            return [take(*self._share(batch, 0, size, nothing))]
         bounds = np.linspace(0, size, count + 1).astype(int)
         barrier = Barrier(count)
 
-        def share(first: int, last: int) -> Judgement:
+        def share(first: int, last: int) -> T:
             try:
-                return self._share(batch, first, last, barrier.wait)
+                return take(*self._share(batch, first, last, barrier.wait))
             except BaseException:
                 barrier.abort()  # or the others would wait for this share for ever
                 raise
 
         with one_blas_thread(), ThreadPoolExecutor(count) as pool:
-            parts = list(pool.map(share, bounds[:-1], bounds[1:]))
-        return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+            return list(pool.map(share, bounds[:-1], bounds[1:]))
 
-    def _share(self, batch: Batch, first: int, last: int, appended: Callable[[], object]) -> Judgement:
+    def _share(self, batch: Batch, first: int, last: int, appended: Callable[[], object]) -> tuple[Array, Asked]:
         model, kept, cache = self._model, batch.kept_length, self._cache
         assert cache is not None
         reach = reaches(batch, first, last, model.dtype)
@@ -401,7 +446,7 @@ class TreeReader:
             mix = mix_tree(cache, i, slice(kept + first, kept + last), reach, appended)
             x = layer(p, model.config, x, rotary, mix)
         asked = batch.asked.between(first, last)
-        return judged(unembed(model, x[:, asked.rows])[0], asked)
+        return unembed(model, x[:, asked.rows])[0], asked
 
 
 # All of it.
@@ -423,17 +468,12 @@ def scores(
     wanted = wanted_of(tree, targets, [len(text) for text in texts])
     starts = starts_of(targets)
     logprobs, greedy = np.empty(starts[-1]), np.empty(starts[-1], bool)
-    total = sum(len(leaf.ids) - leaf.shared for leaf in tree)
-    path: Path = ()
-    done = 0
-    for group in groups(tree, reader.limits):
-        tokens = sum(len(leaf.ids) - leaf.shared for leaf in group)
-        asked, places = wanted.between(done, done + tokens)
-        batch, path = batch_of(group, path, asked)
-        logprobs[places], greedy[places] = reader.read(batch)
-        done += tokens
+    done, total = 0, sum(leaf.new for leaf in tree)
+    for part in parts_of(tree, wanted, reader.limits):
+        logprobs[part.places], greedy[part.places] = reader.read(part.batch)
+        done += len(part.batch.ids)
         progress(done, total)
-        for text in (text for leaf in group for text in leaf.texts):
+        for text in (text for leaf in part.leaves for text in leaf.texts):
             own = slice(starts[text], starts[text + 1])
             yield text, Score(tuple(logprobs[own].tolist()), bool(greedy[own].all()))
 

@@ -70,7 +70,7 @@ TREE = [
             ),
         ),
         ("targets not sorted as their tokens", "wanted_of", (("flat[order], order", "flat, order"),)),
-        ("progress of the batch", "scores", (("progress(done, total)", "progress(tokens, total)"),)),
+        ("progress of the batch", "scores", (("progress(done, total)", "progress(len(part.batch.ids), total)"),)),
         ("greedy if any is", "scores", (("greedy[own].all()", "greedy[own].any()"),)),
     ),
     *mutants(
@@ -92,7 +92,7 @@ TREE = [
         "batches_are_of_the_size_asked_for",
         ("the whole tree at once", "groups", (("tokens >= limits.tokens", "False"),)),
         ("as many texts as there are", "groups", (("len(group) * longest >= limits.positions", "False"),)),
-        ("shared tokens counted", "groups", (("len(leaf.ids) - leaf.shared", "len(leaf.ids)"),)),
+        ("shared tokens counted", "groups", (("+= leaf.new", "+= len(leaf.ids)"),)),
     ),
 ]
 
