@@ -52,9 +52,13 @@ PRODUCT = Source("product_naive.cu", tuple(f"product_naive<{T}>" for T in TYPES.
 ROWS = (1, 2, 4, 8)  # that a warp of matvec can take
 MATVEC = Source("matvec.cu", tuple(f"matvec<{T}, {rows}>" for T in TYPES.values() for rows in ROWS))
 GEMM = Source("gemm.cu", tuple(f"gemm<{T}>" for T in SHORT_TYPES))
+FUSED_ROWS = (8, 16)  # that a fused product of a decode step can take (fused.py)
+FUSED_OUTPUT = Source(
+    "fused_output.cu", tuple(f"fused_output<{T}, {rows}>" for T in SHORT_TYPES for rows in FUSED_ROWS)
+)
 SOURCES = (
     *(EMBEDDING, LAYER_NORM, GELU, ROTARY_APPEND, ATTENTION_DECODE, ATTENTION_PREFILL, RESIDUAL, ARGMAX, ADVANCE),
-    *(PRODUCT, MATVEC, GEMM),
+    *(PRODUCT, MATVEC, GEMM, FUSED_OUTPUT),
 )
 
 THREADS = 256  # of a block whose work any number of threads can share

@@ -159,8 +159,16 @@ def space_of(i: Instruction) -> str:
     raise NotImplementedError(f"PTX: {i}, which may be to any memory")
 
 
+HINTS = ("L1::no_allocate", "L2::cache_hint", "L2::256B")  # to the caches, which this machine has not
+
+
+def policy(m: Machine, i: Instruction) -> None:
+    only(i, "fractional", "L2::evict_first")
+    m.write(i.operands[0], np.zeros(m.threads, np.uint64))
+
+
 def load(m: Machine, i: Instruction) -> None:
-    only(i, *SPACES, "nc", "v2", "v4")
+    only(i, *SPACES, "nc", "v2", "v4", *HINTS)
     dtype = np.dtype(TYPES[i.kind])
     if space_of(i) == "param":
         m.write(i.operands[0], np.full(m.threads, np.asarray(m.parameters[i.operands[1][1:-1]]).astype(dtype)))
@@ -278,6 +286,7 @@ OPERATIONS: dict[str, Callable[[Machine, Instruction], None]] = {
     "bra": branch,
     "copysign": elementwise(lambda sign, size: np.copysign(size, sign)),
     "cp": copy_async,
+    "createpolicy": policy,
     "cvt": convert,
     "cvta": elementwise(lambda address: address),
     "div": elementwise(quotient),

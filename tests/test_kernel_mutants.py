@@ -16,6 +16,7 @@ from test_kernels_argmax import check_advance, check_argmax
 from test_kernels_attention_decode import check_attention
 from test_kernels_attention_prefill import check_counting, check_prefill
 from test_kernels_embedding import check_embedding
+from test_kernels_fused import check_output
 from test_kernels_gelu import check_gelu, check_tail
 from test_kernels_layer_norm import check_block, check_naive, check_pair
 from test_kernels_products import check_gemm, check_matvec, check_product_naive
@@ -67,6 +68,10 @@ CASES: dict[Callable[..., None], tuple[str, list[tuple]]] = {
     check_matvec: (
         "MATVEC",
         [(3, 17, 129, "float32"), (9, 3, 265, "float16"), (1, 33, 31, "bfloat16")],
+    ),
+    check_output: (
+        "FUSED_OUTPUT",
+        [(1, 24, 1536, "float16", 1), (9, 40, 40, "bfloat16", 2), (7, 24, 264, "float16", 1, False)],
     ),
     check_gemm: ("GEMM", [(65, 37, 17, "float16"), (9, 66, 4, "bfloat16"), (64, 64, 40, "bfloat16")]),
 }
@@ -392,6 +397,63 @@ MUTANTS = [
         ("if (half == 0) x[0] +=", "if (half == 0) x[0] ="),
         ("(lane & flip ? b : a)", "a"),
         ("lane & flip ? a : b", "b"),
+    ),
+    *mutants(
+        "stream.cuh",
+        check_output,
+        ("__syncthreads();", ""),
+        ("turn ^= 1", "turn = 0"),
+        ("(work.slices + WARPS * DEPTH - 1) / (WARPS * DEPTH)", "(work.slices + WARPS * DEPTH) / (WARPS * DEPTH) - 1"),
+        ("work.slices + WARPS * DEPTH - 1", "work.slices - 1"),
+        ("(round * DEPTH + k) * WARPS + warp", "(round * DEPTH + k) * WARPS + 2 * warp"),
+        ("step = gridDim.x * UNIT", "step = UNIT"),
+        ("first = blockIdx.x * UNIT", "first = blockIdx.x * 8"),
+        ("first + 8 * tile + row, slice_of", "first + row, slice_of"),
+        ("weight ? load_once(weight, policy) : no_numbers()", "load_once(weight, policy)"),
+        ("k < DEPTH; k++) fetch", "k < DEPTH - 1; k++) fetch"),
+        ("last = round == rounds - 1", "last = true"),
+        ("last = round == rounds - 1", "last = false"),
+        ("min(row, work.N - 1)", "row"),
+        ("min(row, work.N - 1)", "min(row, work.N - 2)"),
+        ("min(row + 8, work.N - 1)", "row + 8"),
+        ("low, high, ahead[k][tile]", "low, high, ahead[k][0]"),
+        ("low, high, ahead[k][tile]", "low, high, ahead[batch][tile]"),
+        ("low, high, ahead[k][tile]", "low, low, ahead[k][tile]"),
+        ("{weight.x, weight.y}", "{weight.x, weight.z}"),
+        ("{low.z, high.z, low.w, high.w}", "{low.z, low.w, high.z, high.w}"),
+        ("half < ROWS / 8", "half < 1"),
+        ("[8 * tile + 2 * t]", "[8 * tile + t]"),
+        ("[row + 8 * half]", "[row]"),
+        ("sum[tile][2 * half + 1]", "sum[tile][2 * half]"),
+        ("n >= work.N ||", ""),
+        ("n >= work.N", "n >= work.N - 1"),
+        ("|| first + pair >= work.O", ""),
+        ("w < WARPS; w++", "w < WARPS - 1; w++"),
+        ("b += partial[turn][w][n][pair + 1]", "b += partial[turn][w][n][pair]"),
+        ("float sum[TILES][4] = {};", "float sum[TILES][4] = {{1.0f}};"),
+    ),
+    *mutants(
+        "fused_output.cu",
+        check_output,
+        ("(I + SLICE - 1) / SLICE", "I / SLICE"),
+        ("slice >= dense.slices()", "slice > dense.slices()"),
+        ("second ? slice - dense.slices() : slice", "slice"),
+        ("? slice - dense.slices()", "? slice - dense.slices() + 1"),
+        ("i < branch.I ? matrix", "i <= branch.I ? matrix"),
+        ("i < branch.I ? matrix", "i < branch.I - 8 ? matrix"),
+        ("index) * branch.I", "index) * dense.I"),
+        ("weights ? branch.weight", "weights ? dense.weight"),
+        ("return o < O ? piece", "return true ? piece"),
+        ("return o < O ? piece", "return o < O - 8 ? piece"),
+        ("dense_bias ? to_float(dense_bias[c]) : 0.0f", "0.0f"),
+        ("dense_bias ? to_float(dense_bias[c]) : 0.0f", "to_float(dense_bias[c])"),
+        ("+ to_float(down_bias[c])", ""),
+        ("place[1] += biased(c + 1, b)", "place[1] += biased(c, b)"),
+        ("place[1] += biased(c + 1, b)", "place[1] += biased(c + 1, a)"),
+        ("place[0] += biased", "place[0] = biased"),
+        ("(n) * O + c", "(n) * O"),
+        ("first.slices() + second.slices()", "first.slices()"),
+        ("first.slices() + second.slices()", "second.slices()"),
     ),
     *mutants(
         "gemm.cu",

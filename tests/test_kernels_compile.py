@@ -16,6 +16,8 @@ REGISTERS = {
     # Sums, scores and queries of a whole tile: in the 20B, with 168, three blocks of 128 threads fit.
     "attention_prefill.cu": 255,
     "gemm.cu": 96,  # 32 sums and their fragments: five blocks of 128 threads fit
+    # Two blocks of 256 threads fit, which have 64 to 96 KB on their way.
+    "fused_output.cu": 128,
     "matvec.cu": 128,  # two blocks of 256 threads fit, which have 64 KB on their way
 }
 

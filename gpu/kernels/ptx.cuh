@@ -37,6 +37,11 @@ __device__ __forceinline__ void copy_async_16(void* shared, const void* global, 
 __device__ __forceinline__ void copy_async_commit() { host::async_commit(); }
 template <int KEEP> __device__ __forceinline__ void copy_async_wait() { host::async_wait(KEEP); }  // for all but KEEP
 
+// 16 bytes that nobody writes during the launch and nobody reads again: the caches may forget them first. policy: of
+// used_once(). From memory come 256 bytes at a time: what follows is wanted as well.
+__device__ __forceinline__ uint64_t used_once() { return 0; }
+__device__ __forceinline__ uint4 load_once(const void* p, uint64_t) { return *static_cast<const uint4*>(p); }
+
 #else
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
@@ -85,6 +90,18 @@ __device__ __forceinline__ void copy_async_16(void* shared, const void* global, 
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int KEEP> __device__ __forceinline__ void copy_async_wait() {
     asm volatile("cp.async.wait_group %0;" :: "n"(KEEP) : "memory");
+}
+
+__device__ __forceinline__ uint64_t used_once() {
+    uint64_t policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+__device__ __forceinline__ uint4 load_once(const void* p, uint64_t policy) {
+    uint4 x;
+    asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4], %5;"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p), "l"(policy));
+    return x;
 }
 
 #endif

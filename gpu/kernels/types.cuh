@@ -7,6 +7,7 @@
 #include <cuda_fp16.h>
 typedef unsigned short uint16_t;  // NVRTC has no <cstdint>
 typedef unsigned int uint32_t;
+typedef unsigned long long uint64_t;
 #define DYNAMIC_SHARED(T, name)                                      \
     extern __shared__ __align__(16) unsigned char dynamic_shared_[]; \
     T* name = reinterpret_cast<T*>(dynamic_shared_)
