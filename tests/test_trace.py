@@ -34,7 +34,7 @@ from neox.reference.trace import (
 FLOAT64 = 1e-12
 
 GOLDEN = Path(__file__).with_name("golden")
-HOOKED = replace(TINY, num_hidden_layers=2, hidden_act="gelu")  # of golden/hooks.npz
+HOOKED = replace(TINY, num_hidden_layers=2, hidden_act="gelu")  # of data/hooks.npz
 CONFIGS = [TINY, replace(TINY, use_parallel_residual=False, hidden_act="gelu")]
 IDS = draw_ids(TINY, 2, 7, 0)
 
@@ -253,7 +253,7 @@ def assert_shared(found: Mapping[str, np.ndarray], config: Config, ids: np.ndarr
 
 
 def test_every_name_is_what_transformer_lens_calls_so() -> None:
-    with np.load(GOLDEN / "hooks.npz") as found:
+    with np.load(Path(__file__).with_name("data") / "hooks.npz") as found:
         assert_shared(found, HOOKED, draw_ids(HOOKED, 2, 9, 0))
 
 

@@ -1,4 +1,4 @@
-"""Writes hooks.npz: what TransformerLens sees inside a small model, under its names.
+"""Writes data/hooks.npz: what TransformerLens sees inside a small model, under its names.
 
 pip install "transformer_lens>=4"
 python tests/golden/make_hooks.py
@@ -49,4 +49,4 @@ if __name__ == "__main__":
     config = replace(TINY, num_hidden_layers=2, hidden_act="gelu")
     found = seen_by_transformer_lens(config, draw_ids(config, 2, 9, 0))
     named: dict[str, Any] = {name: found[name] for name in hook_names(config)}
-    np.savez_compressed(HERE / "hooks.npz", **named)
+    np.savez_compressed(HERE.parent / "data" / "hooks.npz", **named)
