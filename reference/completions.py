@@ -20,7 +20,7 @@ from neox.reference.batching import Event, Failure, Job, Scores
 from neox.reference.errors import InputError
 from neox.reference.generate import Request
 from neox.reference.sampling import Sampling
-from neox.reference.tokenizer import END_OF_TEXT, Tokenizer, Utf8Stream
+from neox.reference.tokenizer import Tokenizer, Utf8Stream
 
 Json = dict[str, Any]
 
@@ -135,19 +135,20 @@ def read_asked(body: Mapping[str, object], tokenizer: Tokenizer, most: int) -> A
 
 def read_prompts(value: object, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
     """A text, its ids, or a list of either."""
-    if value is None:
-        value = END_OF_TEXT
     if isinstance(value, list) and value and all(isinstance(part, (str, list)) for part in value):
         return [read_prompt(part, tokenizer) for part in value]
-    return [read_prompt(value, tokenizer)]
+    return [read_prompt("" if value is None else value, tokenizer)]
 
 
 def read_prompt(value: object, tokenizer: Tokenizer) -> tuple[int, ...]:
-    if isinstance(value, str):
-        return tuple(tokenizer.encode(value))
+    """The ids; of an empty prompt that of the end-of-text token, after which texts begin."""
     if isinstance(value, list) and all(WHOLE.holds(part) for part in value):
-        return tuple(value)
-    raise InputError("prompt must be a string, a list of token ids, or a list of such prompts")
+        ids = value
+    elif isinstance(value, str):
+        ids = tokenizer.encode(value)
+    else:
+        raise InputError("prompt must be a string, a list of token ids, or a list of such prompts")
+    return tuple(ids) if ids or tokenizer.eos is None else (tokenizer.eos,)
 
 
 def read_usage(options: Mapping[str, object]) -> bool:

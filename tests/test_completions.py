@@ -161,6 +161,23 @@ def test_defaults_are_those_of_the_api() -> None:
     assert read_asked({"prompt": None, "stop": None, "n": None, "best_of": None}, tokenizer(), 1) == asked
 
 
+@pytest.mark.parametrize("empty", ["", [], [""], [[]]])
+def test_an_empty_prompt_is_where_texts_begin(empty: object) -> None:
+    assert read_asked({"prompt": empty}, tokenizer(), 1) == read_asked({"prompt": "<|endoftext|>"}, tokenizer(), 1)
+
+
+def test_without_a_beginning_an_empty_prompt_is_refused() -> None:
+    class Endless(Tokenizer):
+        def __init__(self) -> None:
+            self.eos = None
+
+        def encode(self, text: str) -> list[int]:
+            return []
+
+    with pytest.raises(InputError, match="the prompt is empty"):
+        read_asked({}, Endless(), 1)
+
+
 def test_names_tell_tokens_apart() -> None:
     """But for tokens of the same text, of which the better one is kept."""
     assert token_name(tokenizer(), 10**6) == "token_id:1000000"
@@ -170,10 +187,10 @@ def test_names_tell_tokens_apart() -> None:
 
 
 WRONG = [
-    ({"prompt": ""}, "the prompt is empty"),
-    ({"prompt": []}, "the prompt is empty"),
-    ({"prompt": [[]]}, "the prompt is empty"),
     ({"prompt": 3}, "prompt must be a string, a list of token ids, or a list of such prompts"),
+    ({"prompt": {"a": 1}}, "prompt must be"),
+    ({"prompt": False}, "prompt must be"),
+    ({"prompt": 0}, "prompt must be"),
     ({"prompt": [1, "a"]}, "prompt must be"),
     ({"prompt": [True]}, "prompt must be"),
     ({"prompt": [1.0]}, "prompt must be"),
