@@ -84,6 +84,7 @@ class ReferenceBackend:
         return self._model.config
 
     def open(self, capacity: int) -> Cache:
+        """A cache of its own."""
         try:
             return new_cache(self._model, 1, capacity)
         except MemoryError as error:
@@ -93,6 +94,7 @@ class ReferenceBackend:
         pass  # it is freed with the last reference to it
 
     def advance(self, segments: Sequence[Segment[Cache]]) -> list[Array]:
+        """One pass through the model for all; logits (wanted,V) of each."""
         bounds = cuts(len(segment.ids) for segment in segments)
         wanted = [np.arange(cut.stop - s.wanted, cut.stop) for s, cut in zip(segments, bounds, strict=True)]
         rows, config = np.concatenate(wanted), self.config

@@ -64,6 +64,7 @@ class Fields:
         self._left = {name: value for name, value in values.items() if value is not None}
 
     def take(self, name: str, kind: Kind, default: Any) -> Any:
+        """InputError if it is of another kind."""
         value = self._left.pop(name, None)
         if value is None:
             return default
@@ -72,12 +73,14 @@ class Fields:
         return value
 
     def take_between(self, name: str, least: int, most: float, default: int | None) -> int | None:
+        """A whole number. InputError if it is out of range."""
         value: int | None = self.take(name, WHOLE, default)
         if value is not None and not least <= value <= most:
             raise InputError(f"{name} must be {least} or more" + (f", at most {most}" if most < math.inf else ""))
         return value
 
     def take_number(self, name: str, default: float) -> float:
+        """Any number. InputError if no float is as large."""
         value = self.take(name, NUMBER, default)
         try:
             return float(value)
@@ -152,6 +155,7 @@ def read_prompt(value: object, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 def read_usage(options: Mapping[str, object]) -> bool:
+    """Whether counts of tokens are asked for, in stream_options."""
     fields = Fields(options)
     usage: bool = fields.take("include_usage", FLAG, False)
     fields.done()
@@ -159,6 +163,7 @@ def read_usage(options: Mapping[str, object]) -> bool:
 
 
 def read_request(fields: Fields, prompt: tuple[int, ...], max_tokens: int) -> Request:
+    """What all prompts have in common, as a request for the first."""
     sampling = Sampling(
         temperature=fields.take_number("temperature", 1.0),
         top_k=fields.take("top_k", WHOLE, 0),
@@ -176,6 +181,7 @@ def read_request(fields: Fields, prompt: tuple[int, ...], max_tokens: int) -> Re
 
 
 def read_stop(value: object) -> tuple[str, ...]:
+    """A string or a list of them, few and short enough to be looked for at every token."""
     stops = [value] if isinstance(value, str) else [] if value is None else value
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         raise InputError("stop must be a string or a list of strings")
@@ -271,6 +277,7 @@ def joined(parts: Sequence[Json]) -> Json:
 
 
 def usage_of(asked: Asked, choices: Sequence[Choice]) -> Json:
+    """Counts of tokens: of the prompts, each once, and of what was generated."""
     made = sum(choice.tokens for choice in choices)
     total = asked.prompt_tokens + made
     return {"prompt_tokens": asked.prompt_tokens, "completion_tokens": made, "total_tokens": total}
