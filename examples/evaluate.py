@@ -86,7 +86,8 @@ def completed(arguments: Sequence[str], data: str | None) -> list[str]:
 # Published values.
 
 METRICS = {"acc": "acc", "acc_norm": "acc_norm", "ppl": "perplexity"}
-Row = tuple[str, str, str, float, float | None]  # task, metric, whose, value, standard error
+FIELDS = ("task", "metric", "model", "value", "stderr")
+Row = tuple[str, str, str, float, float | None]
 
 
 def published_rows(results: Mapping[str, Any]) -> list[Row]:
@@ -171,7 +172,7 @@ def evaluate(arguments: Sequence[str], opener: Open | None = None, compare: bool
         results = timed(evaluated, how) if compare else evaluated(**how)
         if results is not None:
             rows.extend(published_rows(results))
-            results["published"] = rows
+            results["published"] = [dict(zip(FIELDS, row, strict=True)) for row in rows]
             times.update(results.get("throughput", {}))
         return results
 

@@ -266,7 +266,9 @@ class NeoX(TemplateLM):  # type: ignore[misc]  # to mypy the harness is untyped
         asked = [request.args for request in requests]
         tasks = [task_of(tokenizer, config, text, how, self._seed + i) for i, (text, how) in enumerate(asked)]
         answers = [""] * len(tasks)
-        order = sorted(range(len(tasks)), key=lambda i: tasks[i].request.prompt)  # those that begin alike together
+        order = sorted(
+            range(len(tasks)), key=lambda i: tuple(tasks[i].request.prompt)
+        )  # those that begin alike together
         with tqdm(total=len(tasks), desc="answers", disable=disable_tqdm or None) as progress:
             for first in range(0, len(order), self._together):
                 group = order[first : first + self._together]

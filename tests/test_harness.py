@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 from closeness import FLOAT32_STEP
+from mutants import Mutant
 from strategies import TINY, random_model
 
+from neox.distributed import virtual
 from neox.reference import shipped
 from neox.reference.checkpoint.save import model_files, write_folder
 from neox.reference.errors import InputError
@@ -257,12 +259,31 @@ def test_rolling_windows_are_the_harness_s():
             ]
 
 
-def test_pairs_are_the_harness_s(both: tuple[Any, Any], harness: ModuleType):
+def check_pairs(both: tuple[Any, Any], harness: ModuleType) -> None:
     ours, theirs = both
     for context, continuation in LIKELIHOODS:
         if context.strip():
             expected = theirs._encode_pair(context, continuation)
             assert harness.pair_of(ours._neox_tokenizer, context, continuation, 0) == expected
+
+
+def test_pairs_are_the_harness_s(both: tuple[Any, Any], harness: ModuleType):
+    check_pairs(both, harness)
+
+
+WRONG_PAIRS = {
+    "white space stays with the context": ("context.rstrip()", "context"),
+    "encoded apart": ("tokenizer.encode(context + continuation)[len(ids) :]", "tokenizer.encode(continuation)"),
+    "only spaces move": ("context.rstrip()", "context.rstrip(' ')"),
+    "cut by characters": ("[len(ids) :]", "[len(kept) :]"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_PAIRS)
+def test_wrong_pairs_fail(wrong: str, both: tuple[Any, Any], harness: ModuleType, monkeypatch: pytest.MonkeyPatch):
+    Mutant(wrong, "", harness, "pair_of", (WRONG_PAIRS[wrong],)).install(monkeypatch)
+    with pytest.raises(AssertionError):
+        check_pairs(both, harness)
 
 
 def module_of(path: Path) -> ModuleType:
@@ -309,6 +330,29 @@ def test_kernels_answer_alike(folders: dict[str, Path], harness: ModuleType):
     assert kernels.generate_until(prompts) == reference.generate_until(prompts)
     with pytest.raises(InputError, match="--device must be cuda or host, not tpu"):
         harness.NeoX(backend="gpu", device="tpu")
+
+
+def test_ranks_answer_alike(harness: ModuleType, monkeypatch: pytest.MonkeyPatch):
+    """Three ranks, of which only the first knows the requests."""
+    ranks = importlib.import_module("ranks")
+    pairs = instances("loglikelihood", LIKELIHOODS[:8])
+    prompts = instances("generate_until", [(words(n, n), {"until": ["."], "max_gen_toks": 6}) for n in (3, 9)])
+
+    def answers(adapter: Any) -> Any:
+        return adapter.loglikelihood(pairs, disable_tqdm=True), adapter.generate_until(prompts, disable_tqdm=True)
+
+    alone = answers(harness.NeoX())
+
+    def program(comm: Any) -> Any:
+        if comm.rank:
+            return ranks.help_with(comm)
+        with ranks.lead(comm) as opener:
+            monkeypatch.setattr(harness.NeoX, "open", staticmethod(opener))
+            return answers(harness.NeoX())
+
+    together = virtual(3, program)[0]
+    assert all(close(a, b) and flag == wanted for (a, flag), (b, wanted) in zip(together[0], alone[0], strict=True))
+    assert together[1] == alone[1]
 
 
 def test_samples_differ_by_their_seed(harness: ModuleType):
