@@ -62,7 +62,8 @@ class Running:
     """A server that answers."""
 
     port: int
-    backend: Any  # a Slow, where it runs in this process
+    backend: Any = None  # a Slow, where it runs in this process
+    server: Any = None  # of uvicorn, likewise
 
     @property
     def url(self) -> str:
@@ -90,6 +91,10 @@ class Running:
         connection.sendall(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
         status, _, content = answer_on(connection)
         return status, json.loads(content)
+
+    def connections(self) -> int:
+        """That are open, seen from the server."""
+        return len(self.server.server_state.connections)
 
     def wait_until(self, seconds: float = 10.0, **load: int) -> None:
         """Until /health reports this load."""
@@ -144,7 +149,7 @@ def serving(model: Model, tokenizer: Tokenizer, limits: Limits, body: int = 4096
     thread.start()
     assert ready.wait(30)
     try:
-        yield Running(listener.getsockname()[1], backend)
+        yield Running(listener.getsockname()[1], backend, server)
     finally:
         server.should_exit = True
         thread.join(30)
@@ -159,6 +164,6 @@ def started(*flags: str) -> Iterator[tuple[subprocess.Popen[str], Running]]:
         try:
             assert process.stderr is not None
             lines = (re.search(r"http://127\.0\.0\.1:(\d+)/v1", line) for line in process.stderr)
-            yield process, Running(int(next(filter(None, lines))[1]), None)
+            yield process, Running(int(next(filter(None, lines))[1]))
         finally:
             process.kill()

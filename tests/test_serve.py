@@ -29,7 +29,7 @@ WHY = "starlette and uvicorn are not installed: pip install -e '.[serve]'"
 pytest.importorskip("starlette", reason=WHY)
 pytest.importorskip("uvicorn", reason=WHY)
 
-from serving import SERVE, Running, answer_on, events_of, serving, started  # noqa: E402 - needs them
+from serving import SERVE, Running, answer_on, events_of, program, serving, started  # noqa: E402 - needs them
 
 Json = dict[str, Any]
 LONG = {"prompt": "Once", "max_tokens": 300, "ignore_eos": True, "stream": True}
@@ -276,6 +276,35 @@ def test_who_does_not_read_holds_up_nobody(server: Running) -> None:
     assert body["choices"][0]["text"] == expected_text("Once upon", 12, 3)
     server.wait_until(running=0)  # its text is complete, and kept until it is read
     assert len(events_of(answer_on(slow)[2])) == 2 * 300
+
+
+def test_a_body_that_does_not_arrive_is_not_waited_for(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(program(), "PATIENCE", 0.2)
+    assert answer_on(server.send(b'{"prompt"', Content_Length="100"))[0] == 408
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="only Linux gives up connections by itself")
+def test_who_takes_nothing_for_long_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    listen = program().listen
+
+    def listen_with_little_memory(host: str, port: int) -> socket.socket:
+        listener: socket.socket = listen(host, port)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return listener
+
+    monkeypatch.setattr(program(), "PATIENCE", 1)
+    monkeypatch.setattr(program(), "listen", listen_with_little_memory)
+    with serving(model(), tokenizer(), Limits(1000)) as server:
+        # An answer of about a megabyte, which fits nowhere on the way.
+        slow = server.send({**LONG, "max_tokens": 200, "logprobs": 100, "n": 2})
+        time.sleep(0.5)
+        assert server.connections() == 1
+        for _ in range(200):
+            if not server.connections():
+                break
+            time.sleep(0.05)
+        assert server.connections() == 0
+        slow.close()
 
 
 # What goes wrong in the model.
