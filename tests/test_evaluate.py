@@ -110,6 +110,12 @@ def test_files_that_are_missing_double_or_damaged(tmp_path: Path):
         local.file_of(str(tmp_path), "piqa")
 
 
+def test_the_split_of_several(tmp_path: Path):
+    for name in ("piqa_train", "piqa_val", "piqa_test"):
+        (tmp_path / f"{name}.jsonl").touch()
+        assert local.file_of(str(tmp_path), "piqa").stem == name
+
+
 # The command line.
 
 

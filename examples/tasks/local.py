@@ -30,10 +30,15 @@ HARNESS_FORM = {"query", "choices", "gold"}  # documents that the harness has pr
 
 
 def file_of(data: str | None, task: str) -> Path:
-    """The file of a task; InputError if there is not exactly one."""
+    """The file of a task: of several, that of the test split, or else of the validation split, as the harness prefers.
+
+    InputError if there is none, or more than one.
+    """
     if data is None:
         raise InputError(f"{task} reads a file: say where it is by --data FOLDER or --metadata data=FOLDER")
     found = sorted(Path(data).glob(f"{task}*.jsonl"))
+    for split in ("test", "val"):
+        found = [path for path in found if split in path.stem.removeprefix(task)] or found
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise InputError(f"{task} reads one file {task}*.jsonl in {data}; there is {names}")
