@@ -139,7 +139,7 @@ function show() {{
   [...document.getElementById("heads").children].forEach((b, i) => b.className = i === chosen ? "chosen" : "");
   const best = [...Array(query + 1).keys()].sort((a, b) => at(chosen, query, b) - at(chosen, query, a)).slice(0, 4);
   document.getElementById("said").textContent = data.heads[chosen] + ": " + data.tokens[query] + " (" + query +
-    ") looks at " + best.map(k => `${{data.tokens[k]}} (${{k}}) ${{(100 * at(chosen, query, k)).toFixed(0)}}%`).join(", ");
+    ") looks at " + best.map(k => data.tokens[k] + ` (${{k}}) ${{(100 * at(chosen, query, k)).toFixed(0)}}%`).join(", ");
   paint(large, chosen);
 }}
 data.tokens.forEach((token, t) => {{

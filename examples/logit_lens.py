@@ -75,7 +75,7 @@ def draw(of: Subject, reading: Reading, title: str, path: Path) -> None:
     image = heat_map(axes, reading.probability, row_names(rows), heads, cmap="Blues", vmin=0, vmax=1)
     axes.invert_yaxis()  # the first layer at the bottom, as the stream flows
     for i, j in np.ndindex(rows, positions):
-        colour = readable_on(image, reading.probability[i, j])
+        colour = readable_on(image, float(reading.probability[i, j]))
         word = of.label(int(reading.top[i, j]), 9)
         axes.text(j, i, word, ha="center", va="center", fontsize=8, color=colour, parse_math=False)
     axes.set(xlabel="token read", title=title)

@@ -1,7 +1,7 @@
 """Which state of a model carries the answer: activation patching, over layers x positions and over heads.
 
     python examples/patching.py
-    python examples/patching.py --clean "12 plus 30 is 42, 12 plus" --corrupt "12 plus 50 is 62, 12 plus" --picture patching.png
+    python examples/patching.py --clean "A: 12, B: 34, A:" --corrupt "A: 56, B: 34, A:" --picture patching.png
 
 Two texts of as many tokens end in different answers. The model runs on the corrupt one, with a single state of the
 clean run put in its place: the residual stream before one layer at one position, or what one head has gathered. Shown
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pictures import Subject, heat_map, parsed, parser, pyplot, readable_on, save, subject, table
@@ -125,13 +126,13 @@ def text(of: Subject, texts: Pair, found: Outcome) -> str:
     )
 
 
-def numbered(axes: object, image: object, values: Array) -> None:
+def numbered(axes: Any, image: Any, values: Array) -> None:
     if values.size > 500:
         return
     for (i, j), value in np.ndenumerate(values):
         if abs(value) >= 0.005:
             colour = readable_on(image, value)
-            axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)  # type: ignore[attr-defined]
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
 
 
 def draw(of: Subject, texts: Pair, found: Outcome, path: Path) -> None:

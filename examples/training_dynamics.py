@@ -83,7 +83,7 @@ WORDS = {
     "arithmetic": "exact answers of sums",
     "copying": "exact copies of random tokens",
     "induction": "attention of the best induction head",
-    "depth": "layers until the answer is settled",
+    "depth": "part of the layers until the answer is settled",
 }
 
 
@@ -124,9 +124,10 @@ def draw(points: Sequence[Point], title: str, path: Path) -> None:
     )
     steps = [point.step for point in points]
     for axes, name, colour in zip(panels[:, 0], metrics, ("C0", "C1", "C2", "C3", "C4"), strict=False):
-        axes.plot(steps, [point.values[name] for point in points], "o-", markersize=4, color=colour)
+        values = [point.values[name] for point in points]
+        axes.plot(steps, values, "o-", markersize=4, color=colour, clip_on=False)
         axes.set_title(f"{name}: {WORDS[name]}", fontsize=9, loc="left")
-        axes.set_ylim(*((0, None) if name == "loss" else (-0.04, 1.04)))
+        axes.set_ylim(*((0, 1.1 * max(values)) if name == "loss" else (-0.04, 1.04)))
         axes.grid(alpha=0.3)
     last = panels[-1, 0]
     last.set_xscale("symlog", linthresh=1)
