@@ -3,8 +3,8 @@
     python examples/training_dynamics.py path/to/series --picture dynamics.png
     python examples/training_dynamics.py pythia-70m --steps 0 512 1000 10000 143000 --metrics loss induction
 
-A series is a folder of step{N} folders, or a name on the Hub whose revisions are steps; by default, the one that comes
-with the package. Steps that were not kept are taken from the nearest one that was. Metrics:
+A series is a folder of step{N} folders, or a name on the Hub whose revisions are steps; by default, that of the
+shipped model. Steps that were not kept are taken from the nearest one that was. Metrics:
     loss         nats per byte of a text, which does not depend on the tokenizer: --text, or a few lines of our own
     arithmetic   the part of two-digit sums and differences (recipe.py) that greedy decoding answers exactly
     copying      the part of a second copy of random tokens that is predicted exactly
@@ -26,12 +26,13 @@ from measure import arithmetic, induction
 from pictures import Subject, parsed, pyplot, save, table
 from tqdm import tqdm
 
-from neox.reference import Series, forward, load_tokenizer, open_series, shipped
+from neox.reference import Series, forward, load_tokenizer, open_series
 from neox.reference.checkpoint.save import write_file
 from neox.reference.errors import InputError, Parser, run
 from neox.reference.lens import induction_scores
 from neox.reference.model import Array
 
+SERIES = Path(__file__).with_name("series")  # of the shipped model
 TEXT = """Mary took her basket and walked down to the river, where the boats lay waiting for the wind. "Will you carry
 me over?" she asked the old ferryman. He looked at the sky, and then at the water, and shook his head. "Not today," he
 said, "the river is too high. But come again tomorrow, and I will carry you over, and your basket too."
@@ -163,10 +164,9 @@ def read_text(path: Path | None) -> str:
 def series_of(place: str | None) -> Series:
     if place is not None:
         return open_series(place)
-    ours = shipped.path() / "series"
-    if not ours.is_dir():
-        raise InputError("this package comes without a series: name a folder of step{N} folders, or pythia-70m")
-    return open_series(ours)
+    if not SERIES.is_dir():
+        raise InputError(f"{SERIES} is not there: name a folder of step{{N}} folders, or pythia-70m")
+    return open_series(SERIES)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -347,9 +347,9 @@ def test_a_revision_is_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
         pictures.subject(None, "step1")
 
 
-def test_without_a_series_of_its_own_the_package_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dynamics.shipped, "path", lambda: tmp_path)
-    with pytest.raises(InputError, match="comes without a series"):
+def test_without_the_series_one_has_to_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dynamics, "SERIES", tmp_path / "series")
+    with pytest.raises(InputError, match="is not there: name a folder"):
         dynamics.series_of(None)
     (tmp_path / "series" / "step4").mkdir(parents=True)
     assert dynamics.series_of(None).steps == (4,)
