@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -123,13 +123,17 @@ def harness_first() -> None:
 
 
 @contextmanager
-def replaced(module: Any, name: str, value: Any) -> Any:
-    before = getattr(module, name)
-    setattr(module, name, value)
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Of a module or a class, for a while."""
+    before = vars(owner).get(name)  # as it stands there: getattr would unpack a static method
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(module, name, before)
+        if before is None:  # it came from elsewhere, as what a module imports when it is asked for
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
 
 
 def task_manager(arguments: Sequence[str]) -> Callable[..., Any]:
@@ -152,6 +156,14 @@ def timed(evaluated: Callable[..., Any], how: dict[str, Any]) -> Any:
     if not logged:  # they were needed to compare
         results.pop("samples")
     return results
+
+
+def in_words(times: Mapping[str, float]) -> str:
+    return (
+        f"answers in {times['neox_s']:.1f} s, by transformers in {times['transformers_s']:.1f} s: "
+        f"{times['times_as_fast']:.2f} times as fast; largest difference of a log-probability "
+        f"{times['largest_difference']:.1e}, flags or texts that differ: {times['different_flags_or_texts']}"
+    )
 
 
 def evaluate(arguments: Sequence[str], opener: Open | None = None, compare: bool = False) -> None:
@@ -185,11 +197,7 @@ def evaluate(arguments: Sequence[str], opener: Open | None = None, compare: bool
     ):
         cli_evaluate()
     if times:
-        print(
-            f"answers in {times['neox_s']:.1f} s, by transformers in {times['transformers_s']:.1f} s: "
-            f"{times['times_as_fast']:.2f} times as fast; largest difference of a log-probability "
-            f"{times['largest_difference']:.1e}, flags or texts that differ: {times['different_flags_or_texts']}"
-        )
+        print(in_words(times))
     if rows:
         print(f"beside published values (without examples; sources in {PUBLISHED.name})\n{table(rows)}")
 

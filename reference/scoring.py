@@ -87,7 +87,8 @@ def text_of(config: Config, pair: Pair) -> Array:  # (T+1,)
     if not len(context):
         raise InputError("a context is empty; a text from nothing begins with the end-of-text token")
     whole = np.array([*context, *continuation])[-(limit + 1) :]
-    return checked(config, whole[:, None])[:, 0]  # as texts of one token: it may be one longer than the context
+    # As texts of one token: it may be one longer than the context. In 4 bytes each, for there may be millions.
+    return checked(config, whole[:, None])[:, 0].astype(np.int32)
 
 
 def rolling_windows(ids: Ids, begin: int, length: int) -> list[Pair]:

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 from closeness import FLOAT32_STEP
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mutants import Mutant
 from strategies import TINY, random_model
 
@@ -269,6 +271,22 @@ def check_pairs(both: tuple[Any, Any], harness: ModuleType) -> None:
 
 def test_pairs_are_the_harness_s(both: tuple[Any, Any], harness: ModuleType):
     check_pairs(both, harness)
+
+
+pieces = st.sampled_from(
+    [" ", "  ", "\t", "\n", "\u00a0", "a", "The", "king", "12", ".", "e\u0301", "語", "<|endoftext|>"]
+)
+drawn_texts = st.lists(pieces, max_size=8).map("".join)
+
+
+@settings(max_examples=150)
+@given(drawn_texts, drawn_texts)
+def test_pairs_of_drawn_texts_are_the_harness_s(both: tuple[Any, Any], context: str, continuation: str):
+    """Pieces that join across the border, and white space of all kinds around it."""
+    ours, theirs = both
+    pair_of = vars(sys.modules["harness"])["pair_of"]
+    if context.strip():
+        assert pair_of(ours._neox_tokenizer, context, continuation, 0) == theirs._encode_pair(context, continuation)
 
 
 WRONG_PAIRS = {
