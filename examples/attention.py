@@ -137,9 +137,10 @@ function show() {{
     span.title = k > query ? "" : `${{(100 * a).toFixed(1)}}%`;
   }});
   [...document.getElementById("heads").children].forEach((b, i) => b.className = i === chosen ? "chosen" : "");
+  const percent = k => (100 * at(chosen, query, k)).toFixed(0) + "%";
   const best = [...Array(query + 1).keys()].sort((a, b) => at(chosen, query, b) - at(chosen, query, a)).slice(0, 4);
   document.getElementById("said").textContent = data.heads[chosen] + ": " + data.tokens[query] + " (" + query +
-    ") looks at " + best.map(k => data.tokens[k] + ` (${{k}}) ${{(100 * at(chosen, query, k)).toFixed(0)}}%`).join(", ");
+    ") looks at " + best.map(k => `${{data.tokens[k]}} (${{k}}) ${{percent(k)}}`).join(", ");
   paint(large, chosen);
 }}
 data.tokens.forEach((token, t) => {{
