@@ -8,16 +8,110 @@ Dimensions as in ops.py. ValueError says which argument has the wrong shape or d
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from neox.gpu import ops
-from neox.gpu.device import Array, expect
+from neox.gpu.device import Argument, Array, expect
+from neox.gpu.source import Source
 
 THREADS, UNIT = 256, 16  # of a block, as in stream.cuh: threads, and outputs at a time
+LARGEST_HEAD_DIM = 256
 MOST_ROWS = ops.FUSED_ROWS[-1]
 BLOCKS = 264  # that stay: two on each multiprocessor of an H200, which has 132
+
+
+def fused_qkv(
+    x: Array,
+    gain: Array,
+    shift: Array,
+    eps: float,
+    weight: Array,
+    bias: Array | None,
+    cos: Array,
+    sin: Array,
+    texts: Array,
+    positions: Array,
+    q: Array,
+    keys: Array,
+    values: Array,
+    taken: Array,
+    blocks: int = BLOCKS,
+) -> None:
+    """Norm, product with query_key_value, bias and rotation of N positions; their keys and values are appended.
+
+    x: float32 (N,C); gain, shift: (C) of the norm; weight: (3C,C); bias: (3C) or None; cos, sin: float32 (P,R/2);
+    texts, positions: int32 (N), which must lie in the cache and the tables; q: (N,C); keys, values: (B,H,S,D); taken:
+    uint32 (1).
+    """
+    (N, C), (_, _, S, D), (P, half) = x.shape, keys.shape, cos.shape
+    _check_norm(x, gain, shift, weight)
+    ops.check_cache(q, keys, values, texts, positions)
+    expect("q", q, (N, C), weight.dtype)
+    expect("weight", weight, (3 * C, C), weight.dtype)
+    if bias is not None:
+        expect("bias", bias, (3 * C,), weight.dtype)
+    for table in (cos, sin):
+        expect("cos and sin", table, (P, half), np.float32)
+    if not 0 < 2 * half <= D or D % 8:
+        raise ValueError(f"{2 * half} of {D} dims cannot be rotated, or {D} is no multiple of 8")
+    expect("taken", taken, (1,), np.uint32)
+    name = f"fused_qkv<{_type_of(weight)}, {_rows(N)}>"
+    sizes = (np.int32(N), np.int32(C), np.int32(D), np.int32(2 * half), np.int32(S), np.float32(eps))
+    arguments = (x, gain, shift, weight, bias, cos, sin, texts, positions, q, keys, values, taken, *sizes)
+    _launch(replace(ops.FUSED_QKV, kernels=(name,)), 3 * C, blocks, arguments, _normed_bytes(N, C))
+
+
+def fused_mlp(
+    x: Array,
+    gain: Array,
+    shift: Array,
+    eps: float,
+    up: Array,
+    up_bias: Array,
+    activation: str,
+    activated: Array,
+    q: Array,
+    keys: Array,
+    values: Array,
+    texts: Array,
+    positions: Array,
+    partial: Array,
+    z: Array,
+    arrived: Array,
+    taken: Array,
+    blocks: int = BLOCKS,
+) -> None:
+    """The MLP up to its activation, and attention beside it.
+
+    x: float32 (N,C); gain, shift: (C) of the norm; up: (F,C); up_bias: (F); activation: "gelu" or "gelu_fast";
+    activated: (N,F). The others as ops.attention_decode has them, z being its out; arrived: uint32 (N,H); taken: (1).
+    """
+    (N, C), (F, _), (_, H, S, D), splits = x.shape, up.shape, keys.shape, partial.shape[2]
+    _check_norm(x, gain, shift, up)
+    ops.check_cache(q, keys, values, texts, positions)
+    for name, array, shape in (
+        ("q", q, (N, C)),
+        ("z", z, (N, C)),
+        ("activated", activated, (N, F)),
+        ("up", up, (F, C)),
+    ):
+        expect(name, array, shape, up.dtype)
+    expect("up_bias", up_bias, (F,), up.dtype)
+    expect("partial", partial, (N, H, splits, D + 2), np.float32)
+    expect("arrived", arrived, (N, H), np.uint32)
+    expect("taken", taken, (1,), np.uint32)
+    if D % 8 or D > LARGEST_HEAD_DIM or F % 8:
+        raise ValueError(f"head_dim {D} and {F} must be multiples of 8, and head_dim at most {LARGEST_HEAD_DIM}")
+    name = f"fused_mlp<{_type_of(up)}, {ops.ACTIVATIONS[activation]}, {D}, {_rows(N)}>"
+    grid = min(blocks, -(-F // UNIT))
+    sizes = (np.int32(min(N * H * splits, grid)), np.int32(splits), *map(np.int32, (N, C, F, S)), np.float32(eps))
+    streams = (x, gain, shift, up, up_bias, activated)
+    arguments = (*streams, q, keys, values, texts, positions, partial, z, arrived, taken, *sizes)
+    shared = max(_normed_bytes(N, C), _groups_bytes(D))
+    _launch(replace(ops.FUSED_MLP, kernels=(name,)), F, blocks, arguments, shared)
 
 
 def fused_output(
@@ -28,11 +122,12 @@ def fused_output(
     down: Array,
     down_bias: Array,
     x: Array,
+    taken: Array,
     blocks: int = BLOCKS,
 ) -> None:
     """x += z dense^T + activated down^T + biases: (N,C), (C,C), (C) or None, (N,F), (C,F), (C) -> float32 (N,C).
 
-    N up to 16, float16 or bfloat16, C and F multiples of 8.
+    N up to 16, float16 or bfloat16, C and F multiples of 8; taken: uint32 (1).
     """
     (N, C), (_, F) = x.shape, activated.shape
     expect("x", x, (N, C), np.float32)
@@ -42,11 +137,43 @@ def fused_output(
     for bias in (dense_bias, down_bias):
         if bias is not None:
             expect("bias", bias, (C,), down.dtype)
+    expect("taken", taken, (1,), np.uint32)
     _check_pieces(z, dense, activated, down)
     name = f"fused_output<{_type_of(down)}, {_rows(N)}>"
-    arguments = (z, dense, dense_bias, activated, down, down_bias, x, np.int32(N), np.int32(C), np.int32(F))
-    source = replace(ops.FUSED_OUTPUT, kernels=(name,))
-    x.device.launch(source, name, min(blocks, -(-C // UNIT)), THREADS, arguments)
+    arguments = (z, dense, dense_bias, activated, down, down_bias, x, taken, np.int32(N), np.int32(C), np.int32(F))
+    _launch(replace(ops.FUSED_OUTPUT, kernels=(name,)), C, blocks, arguments)
+
+
+def can_fuse(dtype: np.dtype, N: int, D: int) -> bool:
+    """Whether these kernels take N rows of this dtype, of heads of D dims."""
+    short = ops.TYPES[dtype.name] in ops.SHORT_TYPES
+    return short and N <= MOST_ROWS and D % 8 == 0 and D <= LARGEST_HEAD_DIM
+
+
+def _launch(source: Source, outputs: int, blocks: int, arguments: Sequence[Argument], shared: int = 0) -> None:
+    """Of the one kernel of a source; its first argument is an array."""
+    (name,), first = source.kernels, arguments[0]
+    assert isinstance(first, Array)
+    first.device.launch(source, name, min(blocks, -(-outputs // UNIT)), THREADS, arguments, shared)
+
+
+def _normed_bytes(N: int, C: int) -> int:
+    """normed.cuh: N rows of C numbers of 16 bits, at every 64 k + 32."""
+    return N * 2 * ((C + 31) // 64 * 64 + 32)
+
+
+def _groups_bytes(D: int) -> int:
+    """attention.cuh: a maximum, a weight and D sums for each group of lanes that share a key."""
+    lanes = next(lanes for lanes in (1, 2, 4, 8, 16, 32) if 3 * lanes >= D // 8)
+    return THREADS // lanes * 4 * (D + 2)
+
+
+def _check_norm(x: Array, gain: Array, shift: Array, weight: Array) -> None:
+    N, C = x.shape
+    expect("x", x, (N, C), np.float32)
+    for array in (gain, shift):
+        expect("gain and shift", array, (C,), weight.dtype)
+    _check_pieces(weight)
 
 
 def _type_of(weight: Array) -> str:

@@ -53,12 +53,17 @@ ROWS = (1, 2, 4, 8)  # that a warp of matvec can take
 MATVEC = Source("matvec.cu", tuple(f"matvec<{T}, {rows}>" for T in TYPES.values() for rows in ROWS))
 GEMM = Source("gemm.cu", tuple(f"gemm<{T}>" for T in SHORT_TYPES))
 FUSED_ROWS = (8, 16)  # that a fused product of a decode step can take (fused.py)
-FUSED_OUTPUT = Source(
-    "fused_output.cu", tuple(f"fused_output<{T}, {rows}>" for T in SHORT_TYPES for rows in FUSED_ROWS)
+FUSED_QKV, FUSED_OUTPUT = (
+    Source(f"{name}.cu", tuple(f"{name}<{T}, {rows}>" for T in SHORT_TYPES for rows in FUSED_ROWS))
+    for name in ("fused_qkv", "fused_output")
+)
+FUSED_MLP = Source(
+    "fused_mlp.cu",
+    tuple(f"fused_mlp<{T}, GeluFast, {D}, {rows}>" for T in SHORT_TYPES for D in HEAD_DIMS for rows in FUSED_ROWS),
 )
 SOURCES = (
     *(EMBEDDING, LAYER_NORM, GELU, ROTARY_APPEND, ATTENTION_DECODE, ATTENTION_PREFILL, RESIDUAL, ARGMAX, ADVANCE),
-    *(PRODUCT, MATVEC, GEMM, FUSED_OUTPUT),
+    *(PRODUCT, MATVEC, GEMM, FUSED_QKV, FUSED_MLP, FUSED_OUTPUT),
 )
 
 THREADS = 256  # of a block whose work any number of threads can share
@@ -162,7 +167,7 @@ def rotary_append(
     which must lie in the cache and the tables; q: (N,C); keys, values: (B,H,S,D).
     """
     (N, C), (_, H, S, D), (P, half) = q.shape, keys.shape, cos.shape
-    _check_cache(q, keys, values, texts, positions)
+    check_cache(q, keys, values, texts, positions)
     expect("qkv", qkv, (N, 3 * C), np.float32)
     if bias is not None:
         expect("bias", bias, (3 * C,), q.dtype)
@@ -183,7 +188,7 @@ def attention_decode(
     A query sees the positions of its text up to its own. partial: float32 (N,H,splits,D+2), of as many splits as the
     keys are to be shared out over. D must be a multiple of 8, up to 768.
     """
-    _check_cache(q, keys, values, texts, positions)
+    check_cache(q, keys, values, texts, positions)
     (N, C), (_, H, S, D), splits = q.shape, keys.shape, partial.shape[2]
     if D % 8 or D > 768:
         raise ValueError(f"head_dim must be a multiple of 8, at most 768, not {D}")
@@ -199,7 +204,7 @@ def attention_decode(
 
 def attention_decode_naive(q: Array, keys: Array, values: Array, texts: Array, positions: Array, out: Array) -> None:
     """The same for any D, one thread to a number."""
-    _check_cache(q, keys, values, texts, positions)
+    check_cache(q, keys, values, texts, positions)
     (N, C), (_, H, S, D) = q.shape, keys.shape
     expect("out", out, (N, C), q.dtype)
     name = f"attention_decode_naive<{type_of(q)}>"
@@ -277,7 +282,8 @@ def advance(positions: Array) -> None:
     positions.device.launch(ADVANCE, "advance", -(-N // THREADS), THREADS, (positions, np.int32(N)))
 
 
-def _check_cache(q: Array, keys: Array, values: Array, texts: Array, positions: Array) -> None:
+def check_cache(q: Array, keys: Array, values: Array, texts: Array, positions: Array) -> None:
+    """ValueError unless queries (N,C), a cache 2 x (B,H,S,D), and int32 2 x (N) go together."""
     (N, _), (_, H, _, D) = q.shape, keys.shape
     expect("q", q, (N, H * D), keys.dtype)
     expect("values", values, keys.shape, keys.dtype)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from devices import all_devices, devices
+from devices import ROUNDING, all_devices, devices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from test_kernels_attention_decode import floor as attention_floor
 
-from neox.gpu import fused
+from neox.gpu import fused, ops
 from neox.gpu.device import Array, Device, dtype_named
 
+EPS = 1e-5
 STEP = 2.0**-24  # largest relative error of one rounding in float32
 SHORT = st.sampled_from(("float16", "bfloat16"))
 ROWS = st.sampled_from((1, 2, 7, 8, 9, 16))
@@ -29,8 +31,8 @@ def wide(*arrays: NDArray) -> list[NDArray]:
 def roundings(*inputs: int) -> int:
     """Of the longest chain of additions to a sum over these inputs.
 
-    A warp takes every 8th slice of 32 numbers, in two products of 16 and a sum each. Tensor cores cut digits off instead
-    of rounding: twice the error. Then 8 warps and, at most, three terms more.
+    A warp takes every 8th slice of 32 numbers, in two products of 16 and a sum each. Tensor cores cut digits off
+    instead of rounding: twice the error. Then 8 warps and, at most, three terms more.
     """
     slices = sum(-(-count // 32) for count in inputs)
     return 2 * 2 * 17 * -(-slices // 8) + 8 + 3
@@ -46,7 +48,8 @@ def check_output(
     x = rng.normal(size=(N, C)).astype(np.float32)
     stream = device.array(x)
     a, w, b, c, v, d = (device.array(array) for array in (z, dense, dense_bias, activated, down, down_bias))
-    fused.fused_output(a, w, b if biased else None, c, v, d, stream, blocks)
+    taken = device.zeros(1, "uint32")
+    fused.fused_output(a, w, b if biased else None, c, v, d, stream, taken, blocks)
 
     factors = wide(z, dense, activated, down)
     terms = wide(x, down_bias, dense_bias * biased)
@@ -54,6 +57,7 @@ def check_output(
     magnitudes = np.abs(factors[0]) @ np.abs(factors[1]).T + np.abs(factors[2]) @ np.abs(factors[3]).T
     error = np.abs(stream.get() - exact)
     assert (error <= roundings(C, F) * STEP * (magnitudes + sum(map(np.abs, terms)))).all()
+    assert taken.get() == 0
 
 
 COLUMNS = st.sampled_from((8, 24, 40, 120, 264))
@@ -66,19 +70,162 @@ def test_the_outputs_of_both_branches_are_added(device, N, C, F, dtype, blocks, 
     check_output(device, N, C, F, dtype, blocks, biased, seed)
 
 
+# Against the kernels that they are made of.
+
+
+def normed(rng: np.random.Generator, dtype: str, N: int, C: int) -> tuple[NDArray, NDArray, NDArray]:
+    """x, and weight and bias of its norm."""
+    x = (rng.normal(size=(N, C)) + 3).astype(np.float32)
+    return x, (1 + numbers(rng, "float32", C, scale=0.3)).astype(dtype_named(dtype)), numbers(rng, dtype, C, scale=0.3)
+
+
+def assert_near(fused: NDArray, plain: NDArray, dtype: str, floor: float) -> None:
+    """Both round the same number, which errs by up to `floor` in either: to neighbours at most, where it is larger."""
+    fused, plain = fused.astype(np.float64), plain.astype(np.float64)
+    assert np.isnan(fused).tolist() == np.isnan(plain).tolist()
+    error = np.nan_to_num(np.abs(fused - plain))
+    assert (error <= 2 * (ROUNDING[dtype] * np.nan_to_num(np.abs(plain)) + floor)).all()
+
+
+def sum_floor(C: int, largest: float) -> float:
+    """What the order of additions can change in a product with C numbers of a normed row, up to `largest`, each."""
+    return roundings(C) * STEP * C**0.5 * largest
+
+
+def check_qkv(
+    device: Device,
+    N: int,
+    H: int,
+    D: int,
+    R: int,
+    dtype: str,
+    blocks: int = 3,
+    biased: bool = True,
+    S: int = 9,
+    seed: int = 0,
+) -> None:
+    rng, C = np.random.default_rng(seed), H * D
+    x, gain, shift = map(device.array, normed(rng, dtype, N, C))
+    weight, bias = device.array(numbers(rng, dtype, 3 * C, C, scale=C**-0.5)), device.array(numbers(rng, dtype, 3 * C))
+    slots = rng.choice(3 * S, N, replace=False)  # of 3 texts of S positions
+    texts, positions = (device.array(a.astype(np.int32)) for a in (slots // S, slots % S))
+    angles = rng.normal(size=(S, R // 2))
+    cos, sin = (device.array(f(angles).astype(np.float32)) for f in (np.cos, np.sin))
+    given, taken = bias if biased else None, device.zeros(1, "uint32")
+    results = []
+    for fuse in (True, False):
+        q, keys, values = device.empty((N, C), dtype), *(empty_cache(device, dtype, 3, H, S, D) for _ in range(2))
+        rest = (cos, sin, texts, positions, q, keys, values)
+        if fuse:
+            fused.fused_qkv(x, gain, shift, EPS, weight, given, *rest, taken, blocks)
+        else:
+            row, qkv = device.empty((N, C), dtype), device.empty((N, 3 * C), "float32")
+            ops.layer_norm(x, gain, shift, EPS, row)
+            ops.product_naive(row, weight, qkv)
+            ops.rotary_append(qkv, given, *rest)
+        results.append([array.get() for array in (q, keys, values)])
+    floor = sum_floor(C, np.abs(row.get().astype(np.float64)).max())
+    for ours, plain in zip(*results, strict=True):
+        assert_near(ours, plain, dtype, floor)
+    assert taken.get() == 0
+
+
+def empty_cache(device: Device, dtype: str, *shape: int) -> Array:
+    return device.array(np.full(shape, np.nan, dtype_named(dtype)))
+
+
+HEADS = st.sampled_from(((24, 6), (96, 24), (16, 4), (80, 20), (64, 64), (8, 2)))  # head_dim and rotary_ndims
+
+
+@settings(max_examples=30)
+@given(devices(), ROWS, st.integers(1, 3), HEADS, SHORT, st.sampled_from((1, 2, 5, 264)), st.booleans(), seeds)
+def test_queries_keys_and_values_are_those_of_the_plain_kernels(
+    device, N, H, head, dtype, blocks, biased, seed
+) -> None:
+    check_qkv(device, N, H, *head, dtype, blocks, biased, 9, seed)
+
+
+def test_positions_over_1000() -> None:
+    for device in all_devices():
+        check_qkv(device, 5, 2, 24, 6, "float16", 2, True, 1500)
+
+
+def check_mlp(
+    device: Device,
+    lengths: list[int],
+    H: int,
+    D: int,
+    F: int,
+    dtype: str,
+    blocks: int = 3,
+    splits: int = 2,
+    activation: str = "gelu_fast",
+    seed: int = 0,
+) -> None:
+    """Query n belongs to text N - n of N + 1; the cache is NaN beyond each text."""
+    rng, C, N, S = np.random.default_rng(seed), H * D, len(lengths), max(lengths) + 2
+    x, gain, shift = map(device.array, normed(rng, dtype, N, C))
+    up, bias = device.array(numbers(rng, dtype, F, C, scale=C**-0.5)), device.array(numbers(rng, dtype, F, scale=0.3))
+    q, keys, values = numbers(rng, dtype, N, C), *(numbers(rng, dtype, N + 1, H, S, D) for _ in range(2))
+    texts, positions = np.arange(N, 0, -1, dtype=np.int32), np.array(lengths, np.int32) - 1
+    for t, p in zip(texts, positions, strict=True):
+        keys[t, :, p + 1 :] = values[t, :, p + 1 :] = np.nan
+    over = [device.array(a) for a in (q, keys, values, texts, positions)]
+    partial = device.empty((N, H, splits, D + 2), "float32")
+    activated, z, row, hidden, plain_activated, plain_z = (
+        *(device.empty(shape, dtype) for shape in ((N, F), (N, C), (N, C))),
+        device.empty((N, F), "float32"),
+        *(device.empty(shape, dtype) for shape in ((N, F), (N, C))),
+    )
+    arrived, taken = device.zeros((N, H), "uint32"), device.zeros(1, "uint32")
+    streams = (x, gain, shift, EPS, up, bias, activation, activated)
+    fused.fused_mlp(*streams, *over, partial, z, arrived, taken, blocks)
+    ops.layer_norm(x, gain, shift, EPS, row)
+    ops.product_naive(row, up, hidden)
+    ops.bias_gelu(hidden, bias, activation, plain_activated)
+    ops.attention_decode_naive(*over, plain_z)
+    # The slope of both activations is below 1.2.
+    floor = 1.2 * sum_floor(C, np.abs(row.get().astype(np.float64)).max())
+    assert_near(activated.get(), plain_activated.get(), dtype, floor)
+    wide_q, wide_keys, wide_values = (a.astype(np.float32).reshape(len(a), H, -1, D) for a in (q, keys, values))
+    attended = attention_floor(wide_q[:, :, 0], wide_keys, wide_values, D, max(lengths))
+    assert_near(z.get(), plain_z.get(), dtype, attended)
+    assert taken.get() == 0
+    assert not arrived.get().any()
+
+
+LENGTHS = st.lists(st.one_of(st.integers(1, 40), st.sampled_from((63, 64, 65, 129))), min_size=1, max_size=3)
+
+
+@settings(max_examples=30)
+@given(
+    devices(), LENGTHS, st.integers(1, 3), st.sampled_from((24, 64, 96)), st.sampled_from((8, 40, 320)), SHORT,
+    st.sampled_from((1, 2, 5, 264)), st.integers(1, 5), st.sampled_from(("gelu", "gelu_fast")), seeds,
+)  # fmt: skip
+def test_attention_and_mlp_are_those_of_the_plain_kernels(
+    device, lengths, H, D, F, dtype, blocks, splits, activation, seed
+) -> None:
+    check_mlp(device, lengths, H, D, F, dtype, blocks, splits, activation, seed)
+
+
+def test_sixteen_texts() -> None:
+    for device in all_devices()[:3]:
+        check_mlp(device, [*range(1, 16), 70], 1, 24, 40, "bfloat16", 7, 3)
+
+
 def test_shapes_and_dtypes_of_the_output_are_checked() -> None:
     device = all_devices()[0]
     empty = device.empty
     right: dict[str, Array] = {
         "z": empty((3, 24), "float16"), "dense": empty((24, 24), "float16"), "dense_bias": empty(24, "float16"),
         "activated": empty((3, 40), "float16"), "down": empty((24, 40), "float16"), "down_bias": empty(24, "float16"),
-        "x": device.zeros((3, 24), "float32"),
+        "x": device.zeros((3, 24), "float32"), "taken": device.zeros(1, "uint32"),
     }  # fmt: skip
     fused.fused_output(*right.values())
     for name, wrong in [
         ("z", empty((3, 16), "float16")), ("dense", empty((24, 16), "float16")), ("x", empty((3, 24), "float16")),
-        ("dense_bias", empty(24, "float32")), ("activated", empty((2, 40), "float16")), ("x", empty((3, 25), "float32")),
-        ("down", empty((24, 40), "bfloat16")), ("down_bias", empty(25, "float16")),
+        ("dense_bias", empty(24, "float32")), ("activated", empty((2, 40), "float16")),
+        ("x", empty((3, 25), "float32")), ("down", empty((24, 40), "bfloat16")), ("down_bias", empty(25, "float16")),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match="must be"):
             fused.fused_output(*(right | {name: wrong}).values())
@@ -86,7 +233,11 @@ def test_shapes_and_dtypes_of_the_output_are_checked() -> None:
 
 def output_arrays(device: Device, N: int, C: int, F: int, dtype: str) -> list[Array]:
     shapes = (N, C), (C, C), (C,), (N, F), (C, F), (C,)
-    return [*(device.empty(shape, dtype) for shape in shapes), device.empty((N, C), "float32")]
+    return [
+        *(device.empty(shape, dtype) for shape in shapes),
+        device.empty((N, C), "float32"),
+        device.zeros(1, "uint32"),
+    ]
 
 
 def test_what_tensor_cores_cannot_take_is_refused() -> None:

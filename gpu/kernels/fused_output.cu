@@ -8,9 +8,10 @@
 //   down       T      (C,F)
 //   biases     T      (C)     dense_bias or null: some models have none
 //   x          float  (N,C)   the residual stream; each number is read and written by one thread
+//   taken      unsigned       of the stream: 0 before the launch and after it
 //
-// The two sums are one over C + F numbers, whose slices the warps of a block share out (stream.cuh): were each of 6144
-// outputs a warp's own, a second round of a few warps would follow the first. Warps are added in their order: the result
+// The two sums are one, first over i, then over f, which the warps of a block share out (stream.cuh): were each of 6144
+// outputs a warp's own, a second wave of a few warps would follow the first. Warps are added in their order: the result
 // is the same in every run.
 //
 // Grid: as many blocks as fit on the card at once, at most ceil(C / 16). Block: STREAM_THREADS.
@@ -19,34 +20,18 @@
 // for each unit, N / 16 bytes for each byte of weights, from the caches.
 #include "stream.cuh"
 
-template <class T> struct Branch {
-    const T *weight, *x;
-    int I;
-
-    __device__ __forceinline__ int slices() const { return (I + SLICE - 1) / SLICE; }
-};
-
 template <class T> struct OutputWork {
-    Branch<T> dense, down;
-    const T *dense_bias, *down_bias;
+    const T *z, *dense, *dense_bias, *activated, *down, *down_bias;
     float* stream;
-    int N, O, slices;
+    unsigned* taken;
+    int N, O, F, rounds;
 
-    // Of row `index` of a branch's weights or x, the numbers of lane t in a slice; null beyond the row.
-    __device__ __forceinline__ const T* piece(bool weights, int index, int slice, int t) const {
-        const bool second = slice >= dense.slices();
-        const Branch<T> branch{second ? down.weight : dense.weight, second ? down.x : dense.x, second ? down.I : dense.I};
-        const int i = SLICE * (second ? slice - dense.slices() : slice) + 8 * t;
-        const T* matrix = weights ? branch.weight : branch.x;
-        return i < branch.I ? matrix + static_cast<long long>(index) * branch.I + i : nullptr;
+    __device__ __forceinline__ int row_of(int o) const { return o; }
+    __device__ __forceinline__ Part<T> part(int round) const {
+        const int first = rounds_of(O);
+        return round < first ? part_of(dense, O, z, O, O, round) : part_of(down, F, activated, F, F, round - first);
     }
-    __device__ __forceinline__ const T* weight(int o, int slice, int t) const {
-        return o < O ? piece(true, o, slice, t) : nullptr;
-    }
-    __device__ __forceinline__ uint4 x(int n, int slice, int t) const {
-        const T* numbers = piece(false, n, slice, t);
-        return numbers ? *reinterpret_cast<const uint4*>(numbers) : no_numbers();
-    }
+    __device__ __forceinline__ uint4 load_x(const T* p) const { return __ldg(reinterpret_cast<const uint4*>(p)); }
     __device__ __forceinline__ void prepare() const {}
     __device__ __forceinline__ float biased(int c, float sum) const {
         return sum + ((dense_bias ? to_float(dense_bias[c]) : 0.0f) + to_float(down_bias[c]));
@@ -61,7 +46,7 @@ template <class T> struct OutputWork {
 template <class T, int ROWS> __global__ void __launch_bounds__(STREAM_THREADS, 2)
 fused_output(const T* __restrict__ z, const T* __restrict__ dense, const T* __restrict__ dense_bias,
              const T* __restrict__ activated, const T* __restrict__ down, const T* __restrict__ down_bias,
-             float* __restrict__ x, int N, int C, int F) {
-    const Branch<T> first{dense, z, C}, second{down, activated, F};
-    stream<T, ROWS>(OutputWork<T>{first, second, dense_bias, down_bias, x, N, C, first.slices() + second.slices()});
+             float* __restrict__ x, unsigned* __restrict__ taken, int N, int C, int F) {
+    const int rounds = rounds_of(C) + rounds_of(F);
+    stream<T, ROWS>(OutputWork<T>{z, dense, dense_bias, activated, down, down_bias, x, taken, N, C, F, rounds});
 }

@@ -14,7 +14,7 @@
 // Grid of the last two: N blocks. Block: a multiple of 32 threads, which take every blockDim.x-th column.
 // Bytes: each row is read three times, from memory and then from the caches (24 KB in the 20B). layer_norm moves
 // N C (4 + sizeof(T)), layer_norm_pair N C (4 + 2 sizeof(T)), and C sizeof(T) for each weight and bias.
-#include "common.cuh"
+#include "statistics.cuh"
 
 template <class T> __global__ void layer_norm_naive(const float* x, const T* weight, const T* bias, T* y, int N, int C,
                                                     float eps) {
@@ -29,23 +29,6 @@ template <class T> __global__ void layer_norm_naive(const float* x, const T* wei
     T* out = y + static_cast<long long>(n) * C;
     for (int c = 0; c < C; c++)
         out[c] = from_float<T>((row[c] - mean) * scale * to_float(weight[c]) + to_float(bias[c]));
-}
-
-struct Statistics { float mean, scale; };  // scale = 1 / sqrt(variance + eps)
-
-// Of one row, in every thread of the block.
-__device__ __forceinline__ Statistics row_statistics(const float* __restrict__ row, int C, float eps) {
-    __shared__ float partial[32];
-    float sum = 0.0f;
-    for (int c = threadIdx.x; c < C; c += blockDim.x) sum += row[c];
-    float mean = block_sum(sum, partial) / C;
-    float squares = 0.0f;
-    for (int c = threadIdx.x; c < C; c += blockDim.x) squares += (row[c] - mean) * (row[c] - mean);
-    return {mean, 1.0f / sqrtf(block_sum(squares, partial) / C + eps)};
-}
-
-template <class T> __device__ __forceinline__ T normalized(float x, Statistics s, T weight, T bias) {
-    return from_float<T>((x - s.mean) * s.scale * to_float(weight) + to_float(bias));
 }
 
 template <class T> __global__ void __launch_bounds__(1024)
