@@ -18,11 +18,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from neox.gpu import ops
+from neox.gpu import fused, ops
 from neox.gpu.device import Array, Graph
 from neox.gpu.model import (
     MANY,
     Keys,
+    Layer,
     Mix,
     Model,
     Place,
@@ -75,12 +76,15 @@ class Step:
     place: Place
     work: Workspace
     partial: Array  # float32 (N,H,splits,D+2): of the attention
+    arrived: Array  # uint32 (N,H): splits that are done; 0 between launches, as is the next
+    taken: Array  # uint32 (2): by the blocks of a fused kernel
     logits: Array  # float32 (N,V)
 
     def first(self, count: int) -> Step:
         """The same memory for fewer texts."""
         place = Place(self.place.texts[:count], self.place.positions[:count])
-        return Step(self.ids[:count], place, self.work.first(count), self.partial[:count], self.logits[:count])
+        work, partial, logits = self.work.first(count), self.partial[:count], self.logits[:count]
+        return Step(self.ids[:count], place, work, partial, self.arrived[:count], self.taken, logits)
 
 
 def new_step(model: Model, batch: int, capacity: int) -> Step:
@@ -92,6 +96,8 @@ def new_step(model: Model, batch: int, capacity: int) -> Step:
         place=Place(empty(batch, np.int32), empty(batch, np.int32)),
         work=new_workspace(model, batch),
         partial=empty((batch, H, splits, D + 2), np.float32),
+        arrived=model.device.zeros((batch, H), np.uint32),
+        taken=model.device.zeros(2, np.uint32),
         logits=empty((batch, config.vocab_size), np.float32),
     )
 
@@ -103,9 +109,48 @@ def through_layers(model: Model, cache: Cache, ids: Array, place: Place, work: W
         layer(p, model, work, place, cache.of_layer(i), mix)
 
 
+def fuses(model: Model, rows: int) -> bool:
+    """Whether a step of so many texts goes through the layers in three launches each."""
+    config = model.config
+    fits = fused.can_fuse(model.device, model.dtype, rows, config.hidden_size, config.head_dim)
+    return config.use_parallel_residual and fits
+
+
+def fused_layer(p: Layer, model: Model, cache: Keys, step: Step) -> None:
+    """step.work.x -> step.work.x: what `layer` of model.py computes of a parallel block, in three launches."""
+    work, eps, taken = step.work, model.config.layer_norm_eps, step.taken[:1]
+    first, second, into, dense = (
+        *(p.input_layernorm, p.post_attention_layernorm),
+        *(p.attention.query_key_value, p.attention.dense),
+    )
+    up, down = p.mlp.dense_h_to_4h, p.mlp.dense_4h_to_h
+    assert up.bias is not None
+    assert down.bias is not None
+    stand = step.place.texts, step.place.positions
+    fused.fused_qkv(
+        *(work.x, first.weight, first.bias, eps, into.weight, into.bias),
+        *(model.cos, model.sin, *stand, work.q, *cache, taken),
+    )
+    fused.fused_mlp(
+        *(work.x, second.weight, second.bias, eps, up.weight, up.bias, model.config.hidden_act, work.activated),
+        *(work.q, *cache, *stand, step.partial, work.z, step.arrived, step.taken),
+    )
+    fused.fused_output(work.z, dense.weight, dense.bias, work.activated, down.weight, down.bias, work.x, taken)
+
+
+def step_through_layers(model: Model, cache: Cache, step: Step) -> None:
+    """step.ids -> step.work.x; keys and values are appended to the cache."""
+    if not fuses(model, step.ids.shape[0]):
+        through_layers(model, cache, step.ids, step.place, step.work, mix_each(step.place, step.partial))
+        return
+    embed(model, step.ids, step.work)
+    for i, p in enumerate(model.params.layers):
+        fused_layer(p, model, cache.of_layer(i), step)
+
+
 def run_step(model: Model, cache: Cache, step: Step, allowed: Array | None) -> None:
     """Append one id to each text: its logits, the likeliest id to follow in place of the id, the next position."""
-    through_layers(model, cache, step.ids, step.place, step.work, mix_each(step.place, step.partial))
+    step_through_layers(model, cache, step)
     unembed(model, step.work.x, step.work.normed, step.logits)
     ops.argmax(step.logits, allowed, step.ids)
     ops.advance(step.place.positions)

@@ -209,6 +209,15 @@ class Device(ABC):
         self._refuse("synchronization")
         self._synchronize()
 
+    @property
+    @abstractmethod
+    def multiprocessors(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def shared_bytes(self) -> int:
+        """Of shared memory, the most that a block can have."""
+
     def free_memory(self) -> int:
         """Bytes that can still be allocated."""
         self._refuse("a look at the memory")
@@ -319,6 +328,15 @@ class HostDevice(Device):
         compiler()
         require(self.mode)
 
+    @property
+    def multiprocessors(self) -> int:
+        """Blocks run one after another: few are enough to show what more than one does."""
+        return 2
+
+    @property
+    def shared_bytes(self) -> int:
+        return LARGEST_SHARED_BYTES
+
     def _allocate(self, size: int) -> tuple[Any, int]:
         memory = HostMemory(size)
         return memory, memory.address
@@ -399,6 +417,14 @@ class CudaDevice(Device):
     def __post_init__(self) -> None:
         self._cupy = _import_cupy()
         self._stream = self._cupy.cuda.Stream(non_blocking=True)
+
+    @property
+    def multiprocessors(self) -> int:
+        return int(self._cupy.cuda.Device().attributes["MultiProcessorCount"])
+
+    @property
+    def shared_bytes(self) -> int:
+        return int(self._cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"])
 
     def _allocate(self, size: int) -> tuple[Any, int]:
         with self._stream:

@@ -14,13 +14,14 @@ from dataclasses import replace
 import numpy as np
 
 from neox.gpu import ops
-from neox.gpu.device import Argument, Array, expect
+from neox.gpu.device import Argument, Array, Device, expect
 from neox.gpu.source import Source
 
 THREADS, UNIT = 256, 16  # of a block, as in stream.cuh: threads, and outputs at a time
 LARGEST_HEAD_DIM = 256
 MOST_ROWS = ops.FUSED_ROWS[-1]
-BLOCKS = 264  # that stay: two on each multiprocessor of an H200, which has 132
+TOGETHER = 2  # blocks on a multiprocessor, if its shared memory suffices
+RESERVED = 1024  # bytes of shared memory that each block takes beside its own
 
 
 def fused_qkv(
@@ -38,7 +39,7 @@ def fused_qkv(
     keys: Array,
     values: Array,
     taken: Array,
-    blocks: int = BLOCKS,
+    blocks: int | None = None,
 ) -> None:
     """Norm, product with query_key_value, bias and rotation of N positions; their keys and values are appended.
 
@@ -61,7 +62,7 @@ def fused_qkv(
     name = f"fused_qkv<{_type_of(weight)}, {_rows(N)}>"
     sizes = (np.int32(N), np.int32(C), np.int32(D), np.int32(2 * half), np.int32(S), np.float32(eps))
     arguments = (x, gain, shift, weight, bias, cos, sin, texts, positions, q, keys, values, taken, *sizes)
-    _launch(replace(ops.FUSED_QKV, kernels=(name,)), 3 * C, blocks, arguments, _normed_bytes(N, C))
+    _launch(replace(ops.FUSED_QKV, kernels=(name,)), N, 3 * C, blocks, arguments, _normed_bytes(N, C))
 
 
 def fused_mlp(
@@ -82,12 +83,12 @@ def fused_mlp(
     z: Array,
     arrived: Array,
     taken: Array,
-    blocks: int = BLOCKS,
+    blocks: int | None = None,
 ) -> None:
     """The MLP up to its activation, and attention beside it.
 
     x: float32 (N,C); gain, shift: (C) of the norm; up: (F,C); up_bias: (F); activation: "gelu" or "gelu_fast";
-    activated: (N,F). The others as ops.attention_decode has them, z being its out; arrived: uint32 (N,H); taken: (1).
+    activated: (N,F). The others as ops.attention_decode has them, z being its out; arrived: uint32 (N,H); taken: (2).
     """
     (N, C), (F, _), (_, H, S, D), splits = x.shape, up.shape, keys.shape, partial.shape[2]
     _check_norm(x, gain, shift, up)
@@ -102,16 +103,15 @@ def fused_mlp(
     expect("up_bias", up_bias, (F,), up.dtype)
     expect("partial", partial, (N, H, splits, D + 2), np.float32)
     expect("arrived", arrived, (N, H), np.uint32)
-    expect("taken", taken, (1,), np.uint32)
+    expect("taken", taken, (2,), np.uint32)
     if D % 8 or D > LARGEST_HEAD_DIM or F % 8:
         raise ValueError(f"head_dim {D} and {F} must be multiples of 8, and head_dim at most {LARGEST_HEAD_DIM}")
     name = f"fused_mlp<{_type_of(up)}, {ops.ACTIVATIONS[activation]}, {D}, {_rows(N)}>"
-    grid = min(blocks, -(-F // UNIT))
-    sizes = (np.int32(min(N * H * splits, grid)), np.int32(splits), *map(np.int32, (N, C, F, S)), np.float32(eps))
-    streams = (x, gain, shift, up, up_bias, activated)
-    arguments = (*streams, q, keys, values, texts, positions, partial, z, arrived, taken, *sizes)
+    arguments: list[Argument] = [x, gain, shift, up, up_bias, activated, q, keys, values, texts, positions, partial, z]
+    arguments += [arrived, taken, np.int32(x.device.multiprocessors)]
+    arguments += [np.int32(splits), np.int32(N), np.int32(C), np.int32(F), np.int32(S), np.float32(eps)]
     shared = max(_normed_bytes(N, C), _groups_bytes(D))
-    _launch(replace(ops.FUSED_MLP, kernels=(name,)), F, blocks, arguments, shared)
+    _launch(replace(ops.FUSED_MLP, kernels=(name,)), N, F, blocks, arguments, shared)
 
 
 def fused_output(
@@ -123,7 +123,7 @@ def fused_output(
     down_bias: Array,
     x: Array,
     taken: Array,
-    blocks: int = BLOCKS,
+    blocks: int | None = None,
 ) -> None:
     """x += z dense^T + activated down^T + biases: (N,C), (C,C), (C) or None, (N,F), (C,F), (C) -> float32 (N,C).
 
@@ -141,20 +141,30 @@ def fused_output(
     _check_pieces(z, dense, activated, down)
     name = f"fused_output<{_type_of(down)}, {_rows(N)}>"
     arguments = (z, dense, dense_bias, activated, down, down_bias, x, taken, np.int32(N), np.int32(C), np.int32(F))
-    _launch(replace(ops.FUSED_OUTPUT, kernels=(name,)), C, blocks, arguments)
+    _launch(replace(ops.FUSED_OUTPUT, kernels=(name,)), N, C, blocks, arguments)
 
 
-def can_fuse(dtype: np.dtype, N: int, D: int) -> bool:
-    """Whether these kernels take N rows of this dtype, of heads of D dims."""
-    short = ops.TYPES[dtype.name] in ops.SHORT_TYPES
-    return short and N <= MOST_ROWS and D % 8 == 0 and D <= LARGEST_HEAD_DIM
+def can_fuse(device: Device, dtype: np.dtype, N: int, C: int, D: int) -> bool:
+    """Whether these kernels take N rows of this dtype, and heads of D dims."""
+    fits = N <= MOST_ROWS and _shared(N, max(_normed_bytes(N, C), _groups_bytes(D))) <= device.shared_bytes
+    return ops.TYPES[dtype.name] in ops.SHORT_TYPES and fits and D % 8 == 0 and D <= LARGEST_HEAD_DIM
 
 
-def _launch(source: Source, outputs: int, blocks: int, arguments: Sequence[Argument], shared: int = 0) -> None:
-    """Of the one kernel of a source; its first argument is an array."""
+def _launch(
+    source: Source, N: int, outputs: int, blocks: int | None, arguments: Sequence[Argument], shared: int = 0
+) -> None:
+    """Of the one kernel of a source; its first argument is an array. blocks: as many as fit, unless a test says."""
     (name,), first = source.kernels, arguments[0]
     assert isinstance(first, Array)
-    first.device.launch(source, name, min(blocks, -(-outputs // UNIT)), THREADS, arguments, shared)
+    device = first.device
+    together = min(TOGETHER, (device.shared_bytes + RESERVED) // (_shared(N, shared) + RESERVED))
+    grid = min(blocks or together * device.multiprocessors, -(-outputs // UNIT))
+    device.launch(source, name, grid, THREADS, arguments, shared)
+
+
+def _shared(N: int, dynamic: int) -> int:
+    """With what stream.cuh takes: two turns of a unit's sums by 8 warps, and less than 256 bytes."""
+    return dynamic + 2 * 8 * _rows(N) * UNIT * 4 + 256
 
 
 def _normed_bytes(N: int, C: int) -> int:

@@ -8,7 +8,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from devices import DTYPES, all_devices, devices, on_a_card
+from devices import DTYPES, ROUNDING, all_devices, devices, on_a_card
 from gpu_models import SMALL, assert_right, device_configs, drawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -84,6 +84,38 @@ def test_a_captured_step_is_the_step_as_it_is(device, dtype, seed) -> None:
         assert np.array_equal(captured.step([id, id + 1]), plain.step([id, id + 1]))
     assert captured._graph is not None
     assert plain._graph is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "parallel", "rows", "launches"),
+    [("float16", True, 2, 3), ("bfloat16", True, 16, 3), ("float32", True, 2, 10), ("float16", False, 2, 12)],
+)
+def test_a_layer_of_few_texts_is_three_launches(dtype, parallel, rows, launches) -> None:
+    """In 16 bits and a parallel block. Beside the layers: embedding, norm, product, the likeliest, next positions."""
+    config = replace(SMALL, use_parallel_residual=parallel)
+    device = HostDevice()
+    decoder = CachedDecoder(on_device(device, config, dtype))
+    decoder.start(texts_of(config, [2] * rows, 0), 5)
+    decoder.step([1] * rows)
+    graph = device.capture(decoder._launches)
+    assert len(graph.captured) == 5 + config.num_hidden_layers * launches
+
+
+@given(devices(), device_configs(), st.integers(1, 17), st.sampled_from(("float16", "bfloat16")), seeds)
+@settings(max_examples=10)
+def test_fused_layers_compute_what_the_plain_ones_do(device, config, rows, dtype, seed) -> None:
+    """To some roundings in 16 bits of the largest logit, at each of which the two may round to neighbours."""
+    model, texts = on_device(device, replace(config, use_parallel_residual=True), dtype), [[1 + seed % 7, 3]] * rows
+    logits = []
+    for fuses in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            if not fuses:
+                patch.setattr(decode, "fuses", lambda *_: False)
+            decoder = CachedDecoder(model)
+            decoder.start(texts, 5)
+            logits.append([decoder.step([7 + i % 3 for i in range(rows)]) for _ in range(2)])
+    ours, plain = np.array(logits)
+    assert np.abs(ours - plain).max() <= 4 * config.num_hidden_layers * ROUNDING[dtype] * np.abs(plain).max()
 
 
 def test_a_step_allocates_nothing_and_waits_for_nothing() -> None:

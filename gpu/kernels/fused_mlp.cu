@@ -9,12 +9,13 @@
 //   up_bias      T      (F)
 //   activated    T      (N,F)
 //   arrived      unsigned (N,H) how many splits of a head are done: 0 before the launch and after it
-//   taken        unsigned       of the stream, likewise
+//   taken        unsigned (2)   units of the stream and jobs of attention that were taken, likewise
 //   q, keys, values, texts, positions, partial, z as in attention_decode.cu
 //
 // Neither needs the other, and attention waits for memory more than it asks of it. The first `attending` blocks take its
-// jobs, one for each split of each head of each row, and then come to the stream of weights, of which the others have
-// taken more by then (stream.cuh). The split of a head that is done last joins them all, in their order.
+// jobs, one for each split of each head of each row, until there are none, and then come to the stream of weights, of
+// which the others have taken more by then (stream.cuh). If those are done first they help with the jobs. The split of a
+// head that is done last joins them all, in their order.
 //
 // Grid: as many blocks as fit on the card at once. Block: STREAM_THREADS. Dynamic shared memory: N rows of normed_row(C)
 // or Groups<T, D, STREAM_THREADS>, whichever is larger.
@@ -53,6 +54,19 @@ __device__ __forceinline__ void attend_split(const Attention<T>& a, int job, Gro
     combine(averages, a.splits, D, a.z + head * D);
 }
 
+// Jobs, as long as there are any that nobody has taken. A block asks once for each that it does, and once in vain: then
+// the count is 0 again.
+template <class T, int D>
+__device__ __forceinline__ void attend_jobs(const Attention<T>& a, int jobs, unsigned* taken, void* groups) {
+    __shared__ int job;
+    while (true) {
+        if (threadIdx.x == 0) job = atomicInc(taken, jobs + gridDim.x - 1);
+        __syncthreads();  // all know the job; they meet again before it is overwritten
+        if (job >= jobs) return;
+        attend_split<T, D>(a, job, *static_cast<Groups<T, D, STREAM_THREADS>*>(groups));
+    }
+}
+
 template <class T, class Activation> struct UpWork {
     Norm<T> norm;
     const T *up, *bias;
@@ -80,10 +94,10 @@ fused_mlp(const float* __restrict__ x, const T* __restrict__ gain, const T* __re
     DYNAMIC_SHARED(T, normed);
     const int H = C / D;
     const Attention<T> attention{q, keys, values, texts, positions, partial, z, arrived, H, S, splits};
-    if (blockIdx.x < attending)
-        for (int job = blockIdx.x; job < N * H * splits; job += attending)
-            // Where the normed rows will be: behind its last barrier nobody reads the groups any more.
-            attend_split<T, D>(attention, job, *reinterpret_cast<Groups<T, D, STREAM_THREADS>*>(normed));
+    const bool first = blockIdx.x < attending;
+    // The groups lie where the normed rows are before or after. Between the two is a barrier of the stream or of a job.
+    if (first) attend_jobs<T, D>(attention, N * H * splits, taken + 1, normed);
     stream<T, ROWS>(UpWork<T, Activation>{{x, gain, shift, eps}, up, up_bias, activated, normed, taken, N, F, C,
                                           rounds_of(C)});
+    if (!first) attend_jobs<T, D>(attention, N * H * splits, taken + 1, normed);
 }
