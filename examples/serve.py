@@ -121,7 +121,7 @@ class Engine:
     async def visit(self, jobs: Sequence[Job]) -> AsyncIterator[asyncio.Queue[Heard]]:
         """The events of these texts, which leave the batch when the block ends, however it ends.
 
-        InputError, Full or Stopped if one of them is refused; then none is in the batch.
+        InputError, Full or Stopped if one of them is refused; then none of them stays.
         """
         visit = Visit(jobs, asyncio.Queue())
         entered: asyncio.Future[None] = self._loop.create_future()
@@ -168,8 +168,7 @@ class Engine:
                 handle = self._batch.submit(job)
                 visit.numbers[handle] = number
                 self._visits[handle] = visit
-        except Exception as error:
-            self._leave(visit)
+        except Exception as error:  # those of the visit that are in the batch leave it with the visit
             self._call(settle, entered, error)
         else:
             self._call(settle, entered, None)

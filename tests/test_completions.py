@@ -17,7 +17,7 @@ from neox.reference.batching import Batch, Limits, ReferenceBackend
 from neox.reference.checkpoint.load import load
 from neox.reference.completions import Choice, joined, parsed, read_asked, token_name, usage_of
 from neox.reference.errors import InputError
-from neox.reference.generate import CachedDecoder, Request, complete
+from neox.reference.generate import CachedDecoder, Piece, Request, complete
 from neox.reference.model import Model, forward
 from neox.reference.sampling import Sampling, log_softmax
 from neox.reference.tokenizer import Tokenizer, load_tokenizer
@@ -102,8 +102,11 @@ def assert_logprobs(found: Json, shown: list[int], prompt: list[int], made: list
         assert not best or abs(max(top.values()) - row.max()) < 1e-9
 
 
-def test_offsets_are_where_tokens_begin() -> None:
-    (found,) = answer(prompt=TEXT, echo=True, logprobs=0, max_tokens=20, seed=5)
+@pytest.mark.parametrize("cut", [0, 1])
+def test_offsets_are_where_tokens_begin(cut: int) -> None:
+    """Also after a prompt that ends within a character."""
+    ids = tokenizer().encode(TEXT)
+    (found,) = answer(prompt=ids[: len(ids) - cut], echo=True, logprobs=0, max_tokens=20, seed=5)
     rows = found["logprobs"]
     assert rows["text_offset"][0] == 0
     whole = 0
@@ -112,6 +115,25 @@ def test_offsets_are_where_tokens_begin() -> None:
             assert found["text"][offset:].startswith(name)
             whole += 1
     assert 15 < whole < len(rows["tokens"])
+
+
+def test_of_tokens_with_the_same_text_the_best_is_told() -> None:
+    class Same(Tokenizer):
+        def __init__(self) -> None:
+            self.eos = 0
+
+        def token_bytes(self, index: int) -> bytes:
+            return b"x"
+
+    asked = read_asked({"prompt": [1], "logprobs": 2}, Same(), 1)
+    part = Choice(0, asked.jobs[0], asked, Same()).feed(Piece(0, 5, "x", None, -3.0, ((7, -0.5), (6, -1.0))))
+    assert part is not None
+    assert part["logprobs"]["top_logprobs"] == [{"x": -0.5}]
+
+
+def test_a_prompt_is_counted_once() -> None:
+    usage = parts_of(prompt=[[1, 2, 3], [4]], n=2, max_tokens=2, ignore_eos=True)[1]
+    assert usage == {"prompt_tokens": 4, "completion_tokens": 8, "total_tokens": 12}
 
 
 def test_parts_never_cut_a_character() -> None:

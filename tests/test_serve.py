@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import signal
 import socket
@@ -32,6 +33,7 @@ pytest.importorskip("uvicorn", reason=WHY)
 from serving import SERVE, Running, answer_on, events_of, program, serving, started  # noqa: E402 - needs them
 
 Json = dict[str, Any]
+CaptureFixture = pytest.CaptureFixture[str]
 LONG = {"prompt": "Once", "max_tokens": 300, "ignore_eos": True, "stream": True}
 
 
@@ -245,7 +247,8 @@ def test_a_full_queue_asks_to_retry(server: Running) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_whoever_hangs_up_frees_the_place(server: Running, stream: bool) -> None:
+def test_whoever_hangs_up_frees_the_place(server: Running, stream: bool, caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("uvicorn.error").addHandler(caplog.handler)
     server.backend.delay = 0.02  # 300 steps would take 6 seconds
     connection = server.send({**LONG, "stream": stream, "n": 2})
     server.wait_until(running=2)
@@ -253,6 +256,9 @@ def test_whoever_hangs_up_frees_the_place(server: Running, stream: bool) -> None
         assert connection.recv(10)
     connection.close()
     server.wait_until(running=0, positions=0, seconds=3)
+    time.sleep(0.1)
+    assert caplog.messages == []  # nothing to report
+    logging.getLogger("uvicorn.error").removeHandler(caplog.handler)
 
 
 def test_hanging_up_before_the_body_is_complete_changes_nothing(server: Running) -> None:
@@ -310,7 +316,7 @@ def test_who_takes_nothing_for_long_is_given_up(monkeypatch: pytest.MonkeyPatch)
 # What goes wrong in the model.
 
 
-def test_a_model_that_fails_is_an_error_and_not_the_end(server: Running, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_fails_is_an_error_and_not_the_end(server: Running, capfd: CaptureFixture) -> None:
     server.backend.delay, server.backend.broken = 0.3, True
     connections = [server.send({**LONG, "stream": stream}) for stream in (True, False)]
     (event,) = events_of(answer_on(connections[0])[2])
