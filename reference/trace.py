@@ -96,6 +96,8 @@ def through_layers(model: Model, x: Array, layers: range, tap: Tap = untapped) -
 
 
 def keeping(wanted: set[str], cache: Cache) -> Tap:
+    """A tap that puts copies of what is wanted into the cache."""
+
     def tap(name: str, array: Array) -> Array:
         if name in wanted:
             cache[name] = array.copy()  # the model may overwrite what it has shown

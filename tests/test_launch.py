@@ -19,6 +19,8 @@ from program import GENERATE, as_process
 
 from neox.distributed import Alone
 from neox.distributed.launch import TERMINAL, find_mpiexec, hides_progress, launched
+from neox.reference import shipped
+from neox.reference.config import read_config
 from neox.reference.errors import InputError
 
 TEXT = ["--prompt", "Once upon a time", "--max-tokens", "12"]
@@ -105,8 +107,9 @@ def test_a_bad_request_is_one_line_and_status_2():
     assert errors(job.stderr) == ["error: rank 0 of 2: max_tokens must be a whole number, 1 or more, not 0"]
     assert (job.status, job.stdout) == (2, "")
     assert not job.leaked
-    job = generate("--tensor-parallel", "5")
-    assert errors(job.stderr) == ["error: the model has 4 attention heads, too few for 5 ranks"]
+    heads = read_config(shipped.path()).num_attention_heads
+    job = generate("--tensor-parallel", str(heads + 1))
+    assert errors(job.stderr) == [f"error: the model has {heads} attention heads, too few for {heads + 1} ranks"]
     assert job.status == 2
     job = generate("--model", "nowhere", "--tensor-parallel", "2")
     (said,) = errors(job.stderr)

@@ -120,6 +120,7 @@ def test_the_text_is_written_the_same_each_time_and_held_out_stories_stay_out(
 ) -> None:
     monkeypatch.setattr(recipe, "FIRST", replace(recipe.FIRST, questions=100, phrases=10))
     monkeypatch.setattr(recipe, "SECOND", replace(recipe.SECOND, questions=100, phrases=10, chants=10))
+    monkeypatch.setattr(recipe, "THIRD", replace(recipe.THIRD, questions=100, phrases=10, chants=10))
     for name in ("a", "b"):
         assert outcome(recipe, [corpora, tmp_path / name], monkeypatch) is None
     first, second = (
@@ -129,7 +130,9 @@ def test_the_text_is_written_the_same_each_time_and_held_out_stories_stay_out(
     assert first == second
     kinds = [f"held-out/{kind}.jsonl" for kind in ("stories", "tales", "tiny")]
     kinds += [
-        f"{part}/{kind}.jsonl" for part in ("first", "second") for kind in ("arithmetic", "repetitions", "stories")
+        f"{part}/{kind}.jsonl"
+        for part in ("first", "second", "third")
+        for kind in ("arithmetic", "repetitions", "stories")
     ]
     assert sorted(first) == sorted(kinds)
     assert first["first/arithmetic.jsonl"] != first["second/arithmetic.jsonl"]

@@ -144,7 +144,8 @@ def test_the_likeliest_tokens_come_with_their_probabilities(capsys: pytest.Captu
 
 def test_a_layer_in_one_line_says_what_would_follow_if_it_were_the_last(capsys: pytest.CaptureFixture[str]) -> None:
     lines = printed(capsys, *arguments(shipped.path(), layer=0))
-    guess = next(line for line in lines if "blocks.3.hook_resid_post" in line)
+    last = read_config(shipped.path()).num_hidden_layers - 1
+    guess = next(line for line in lines if f"blocks.{last}.hook_resid_post" in line)
     best = intermediates(shipped.path())["logits"][0, -1].argmax()
     assert guess.endswith(f"would say {load_tokenizer(shipped.path()).decode([best])!r}")
 
