@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -180,11 +181,12 @@ def test_published_values_stand_beside_ours():
 
 # With the harness.
 
+MISSING = "the harness is not installed: pip install -e '.[eval]'"
 harness = pytest.mark.filterwarnings("ignore")
 
 
 def run_evaluate(arguments: Sequence[str]) -> None:
-    pytest.importorskip("lm_eval", reason="the harness is not installed: pip install -e '.[eval]'")
+    pytest.importorskip("lm_eval", reason=MISSING)
     before = list(sys.path)
     try:
         evaluate.main(["--tasks", "local_arithmetic_2da", "--metadata", "form=short", "count=60", *arguments])
@@ -230,6 +232,30 @@ def test_a_run_that_is_interrupted_goes_on(
     saved = [json.loads(path.read_text(encoding="utf-8")) for path in tmp_path.rglob("results_*.json")]
     assert saved[0]["published"] == []  # of arithmetic there are none
     assert saved[0]["results"]["local_arithmetic_2da"]["acc,none"] is not None
+
+
+@harness
+@pytest.mark.oracle
+def test_the_readme_s_command():
+    """On three questions of each kind."""
+    pytest.importorskip("lm_eval", reason=MISSING)
+    command = "examples/evaluate.py --tasks local_arithmetic --metadata form=short --limit 3"
+    ran = subprocess.run(
+        [sys.executable, *command.split()], cwd=EXAMPLES.parent, capture_output=True, text=True, timeout=300
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert all(f"|local_arithmetic_{kind}|" in ran.stdout for kind in KINDS)
+
+
+@harness
+@pytest.mark.oracle
+def test_bad_input_is_one_line():
+    pytest.importorskip("lm_eval", reason=MISSING)
+    command = [sys.executable, str(EXAMPLES / "evaluate.py"), "--tasks", "local_piqa", "--data", "/nowhere"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 2
+    assert ran.stderr.splitlines()[-1] == "error: piqa reads one file piqa*.jsonl in /nowhere; there is none"
+    assert "Traceback" not in ran.stderr
 
 
 @harness
