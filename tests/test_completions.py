@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mutants import Mutant
 from strategies import seeds
 
-from neox.reference import shipped
+from neox.reference import completions, shipped
 from neox.reference.batching import Batch, Limits, ReferenceBackend
 from neox.reference.checkpoint.load import load
 from neox.reference.completions import Choice, joined, parsed, read_asked, token_name, usage_of
@@ -40,7 +42,7 @@ def model() -> Model:
 
 def parts_of(**body: object) -> tuple[list[list[Json]], Json]:
     """What each choice gains at each event, and the counts of tokens."""
-    asked = read_asked(body, tokenizer(), 20)
+    asked = completions.read_asked(body, tokenizer(), 20)  # which a mutant may have replaced
     batch = Batch(ReferenceBackend(model()), Limits(4000, chunk=7), tokenizer())
     choices = {batch.submit(job): Choice(i, job, asked, tokenizer()) for i, job in enumerate(asked.jobs)}
     parts: list[list[Json]] = [[] for _ in asked.jobs]
@@ -167,6 +169,7 @@ def test_no_tokens_are_a_score_alone() -> None:
     (scored,) = answer(prompt=TEXT, max_tokens=0, echo=True, logprobs=1)
     (longer,) = answer(prompt=TEXT, max_tokens=1, echo=True, logprobs=1)
     assert scored["text"] == TEXT
+    assert scored["logprobs"]["token_logprobs"][0] is None
     assert scored["finish_reason"] == "length"
     assert scored["logprobs"] == {name: rows[:-1] for name, rows in longer["logprobs"].items()}
     (nothing,), usage = parts_of(prompt=TEXT, max_tokens=0)
@@ -206,6 +209,51 @@ def test_names_tell_tokens_apart() -> None:
     names = {token_name(tokenizer(), i) for i in range(tokenizer().size)}
     assert len(names) > 0.9 * tokenizer().size
     assert any(name.startswith("bytes:\\x") for name in names)
+
+
+# Mutants, each with the test that must fail.
+
+MUTANTS = [
+    (
+        test_choices_of_several_prompts_are_those_of_each_alone,
+        Mutant("one seed for all choices", "", completions, "nth", (("seed + index", "seed"),)),
+    ),
+    (
+        test_a_prompt_is_counted_once,
+        Mutant("a prompt counted for each choice", "", completions, "read_asked", (("sum(map", "n * sum(map"),)),
+    ),
+    (
+        test_no_tokens_are_a_score_alone,
+        Mutant("the token shown that nobody asked for", "", completions, "read_asked", (("tokens == 0", "False"),)),
+    ),
+    (
+        lambda: test_offsets_are_where_tokens_begin(1),
+        Mutant(
+            "offsets by names", "", Choice, "_token", (("self._utf8.feed(self._tokenizer.token_bytes(index))", "name"),)
+        ),
+    ),
+    (
+        lambda: test_offsets_are_where_tokens_begin(1),
+        Mutant(
+            "no end of a half character", "", Choice, "_of_prompt", (("+= len(self._utf8", "+= 0 * len(self._utf8"),)
+        ),
+    ),
+    (
+        test_of_tokens_with_the_same_text_the_best_is_told,
+        Mutant("the last of the same name", "", Choice, "_token", (("best.setdefault(", "best.__setitem__("),)),
+    ),
+    (
+        test_of_tokens_with_the_same_text_the_best_is_told,
+        Mutant("only the best", "", Choice, "_token", (("(*top, (index, logprob))", "top[:0]"),)),
+    ),
+]
+
+
+@pytest.mark.parametrize(("check", "mutant"), MUTANTS, ids=lambda value: getattr(value, "name", ""))
+def test_a_wrong_answer_is_found(check: Callable[[], None], mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutant.install(monkeypatch)
+    with pytest.raises((AssertionError, ValueError)):
+        check()
 
 
 WRONG = [
