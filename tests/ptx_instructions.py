@@ -191,6 +191,26 @@ def store(m: Machine, i: Instruction) -> None:
     m.store(space_of(i), threads, m.address(i.operands[0])[threads], values)
 
 
+def atomic(m: Machine, i: Instruction) -> None:
+    """atom.inc: what was there before, thread after thread."""
+    only(i, "global", "inc")
+    if "inc" not in i.modifiers:
+        raise NotImplementedError(f"PTX: {i}")
+    threads, addresses, limit = np.flatnonzero(m.active), m.address(i.operands[1]), m.read(i.operands[2], "u32")
+    before = np.zeros(m.threads, np.uint32)
+    for thread in threads:
+        one, place = np.array([thread]), addresses[thread : thread + 1]
+        before[thread] = m.load("global", one, place, 4).view(np.uint32)[0, 0]
+        after = np.uint32(0) if before[thread] >= limit[thread] else before[thread] + np.uint32(1)
+        m.store("global", one, place, np.array([[after]]).view(np.uint8))
+    m.write(i.operands[0], before)
+
+
+def fence(_: Machine, i: Instruction) -> None:
+    """Every access is seen by all threads at once."""
+    only(i, "gl")
+
+
 def copy_async(m: Machine, i: Instruction) -> None:
     """cp.async [to], [source], width, wanted: `wanted` bytes, and zeros up to the width. The source is read at once."""
     only(i, "async", "ca", "cg", "shared", "global", "commit_group", "wait_group")
@@ -281,6 +301,7 @@ OPERATIONS: dict[str, Callable[[Machine, Instruction], None]] = {
     "abs": elementwise(np.abs),
     "add": elementwise(np.add),
     "and": elementwise(np.bitwise_and),
+    "atom": atomic,
     "bar": barrier,
     "bfi": insert_bits,
     "bra": branch,
@@ -295,6 +316,7 @@ OPERATIONS: dict[str, Callable[[Machine, Instruction], None]] = {
     "ld": load,
     "ldmatrix": load_matrix,
     "mad": elementwise(lambda a, b, c: a * b + c),
+    "membar": fence,
     "max": elementwise(np.fmax),  # of a number and NaN, the number
     "min": elementwise(np.fmin),
     "mma": multiply_matrices,

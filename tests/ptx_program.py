@@ -8,7 +8,8 @@ from dataclasses import dataclass
 VECTOR = re.compile(r"\{([^{};]*)\}")  # braces also enclose the scopes of inline assembly, which hold a semicolon
 OPERAND = re.compile(r"<[^>]*>|\[[^\]]*\]|[^,\s][^,]*")
 INSTRUCTION = re.compile(r"(?:@(!?)(%\w+)\s+)?([\w.:]+)\s*(.*)", re.S)
-SHARED = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d+)\]")
+DYNAMIC_SHARED = re.compile(r"\.extern\s+\.shared\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[\]")
+SHARED = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.[bus](\d+)\s+([\w$]+)(?:\[(\d+)\])?;")
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,10 @@ def parse(ptx: str, entry: str) -> Program:
 
 def _shared(text: str) -> tuple[dict[str, int], int]:
     offsets, end = {}, 0
-    for alignment, name, size in SHARED.findall(text):
+    for alignment, bits, name, count in SHARED.findall(text):
         offsets[name] = -(-end // int(alignment)) * int(alignment)
-        end = offsets[name] + int(size)
+        end = offsets[name] + int(bits) // 8 * int(count or 1)
+    offsets |= {name: -(-end // 16) * 16 for name in DYNAMIC_SHARED.findall(text)}  # after all the others
     return offsets, end
 
 

@@ -101,11 +101,12 @@ def test_a_layer_of_few_texts_is_three_launches(dtype, parallel, rows, launches)
     assert len(graph.captured) == 5 + config.num_hidden_layers * launches
 
 
-@given(devices(), device_configs(), st.integers(1, 17), st.sampled_from(("float16", "bfloat16")), seeds)
+@given(devices(), st.sampled_from((1, 3, 8, 9, 16)), st.sampled_from(("float16", "bfloat16")), seeds)
 @settings(max_examples=10)
-def test_fused_layers_compute_what_the_plain_ones_do(device, config, rows, dtype, seed) -> None:
+def test_fused_layers_compute_what_the_plain_ones_do(device, rows, dtype, seed) -> None:
     """To some roundings in 16 bits of the largest logit, at each of which the two may round to neighbours."""
-    model, texts = on_device(device, replace(config, use_parallel_residual=True), dtype), [[1 + seed % 7, 3]] * rows
+    config, texts = SMALL, [[1 + seed % 7, 3]] * rows
+    model = on_device(device, config, dtype)
     logits = []
     for fuses in (True, False):
         with pytest.MonkeyPatch.context() as patch:

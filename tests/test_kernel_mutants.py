@@ -79,11 +79,7 @@ CASES: dict[Callable[..., None], tuple[str, list[tuple]]] = {
     ),
     check_mlp: (
         "FUSED_MLP",
-        [
-            ([37, 1, 70], 2, 24, 40, "float16", 2, 3),
-            ([300], 1, 24, 72, "float16", 5, 2),
-            ([5] * 9, 1, 24, 24, "float16"),
-        ],
+        [([19, 1], 2, 24, 40, "float16", 2, 3), ([70], 1, 24, 72, "float16", 5, 2), ([2] * 9, 1, 24, 24, "float16")],
     ),
     check_gemm: ("GEMM", [(65, 37, 17, "float16"), (9, 66, 4, "bfloat16"), (64, 64, 40, "bfloat16")]),
 }
