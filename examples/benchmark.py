@@ -2,6 +2,9 @@
 
     python examples/benchmark.py --backend reference
     python examples/benchmark.py --train
+    python examples/benchmark.py --backend gpu
+
+The last is in benchmark_gpu.py, which says what it measures.
 
 Each implementation is a process of its own with one model; rounds alternate between them, so that whatever disturbs the
 machine disturbs both. The machine's limits are measured in the same run: a share of a limit says how much a better
@@ -32,7 +35,7 @@ from tqdm import tqdm
 import neox.reference as ref
 from neox.reference import shipped
 from neox.reference.checkpoint.tensors import tensor_table
-from neox.reference.config import PYTHIA, Config, config_to_dict, parameter_count, read_config
+from neox.reference.config import GPT_NEOX_20B, PYTHIA, Config, config_to_dict, parameter_count, read_config
 from neox.reference.costs import cached_numbers, flops, step_numbers, training_flops
 from neox.reference.decode import Cache, extend, new_cache
 from neox.reference.errors import InputError, Parser, run
@@ -41,6 +44,7 @@ from neox.reference.random_weights import random_tensor
 from neox.reference.train import Settings, advance, begin, own_copy
 
 SHAPES = {f"pythia-{size}": config for size, config in PYTHIA.items()} | {"shipped": read_config(shipped.path())}
+LARGEST = {"gpt-neox-20b": GPT_NEOX_20B}  # for cards only
 FLOAT = 4  # bytes; everything here is float32
 Answer = dict[str, Any]
 
@@ -382,15 +386,19 @@ def positive(text: str) -> int:
 
 def flags() -> argparse.Namespace:
     parser = Parser(description="Measure the reference beside transformers on the same weights.", allow_abbrev=False)
-    parser.add_argument("--backend", choices=["reference"], default="reference")
+    parser.add_argument("--backend", choices=["reference", "gpu"], default="reference")
     parser.add_argument("--train", action="store_true", help="measure updates of training instead")
-    parser.add_argument("--shape", choices=SHAPES, help="of the model; its weights are drawn")
+    parser.add_argument("--shape", choices=SHAPES | LARGEST, help="of the model; its weights are drawn")
     parser.add_argument("--prompt-tokens", type=positive, default=512, metavar="N")
     parser.add_argument("--new-tokens", type=positive, default=32, metavar="N")
     parser.add_argument("--rounds", type=positive, default=7, metavar="N")
     parser.add_argument("--threads", type=positive, default=os.cpu_count(), metavar="N", help="of both")
     parser.add_argument("--no-peer", action="store_true", help="do not measure transformers")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    card = parser.add_argument_group("with --backend gpu")
+    card.add_argument("--device", choices=["cuda", "host"], default="cuda")
+    card.add_argument("--dry-run", action="store_true", help="a tiny shape, to see that all of it runs")
+    card.add_argument("--picture", type=Path, metavar="FILE", help="draw the roofline: .png, .svg or .pdf")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -404,6 +412,15 @@ def main() -> None:
     args = flags()
     if args.worker:
         return serve_updates(*args.worker) if args.train and args.worker[0] in UPDATERS else serve(*args.worker)
+    if args.backend == "gpu":
+        from benchmark_gpu import benchmark
+
+        return benchmark(args, SHAPES | LARGEST)
+    for flag in ("dry_run", "picture"):
+        if getattr(args, flag):
+            raise InputError(f"--{flag.replace('_', '-')} is for --backend gpu")
+    if args.shape in LARGEST:
+        raise InputError(f"{args.shape} is for --backend gpu; here there are {', '.join(SHAPES)}")
     args.shape = args.shape or ("shipped" if args.train else "pythia-160m")
     config, positions = SHAPES[args.shape], args.prompt_tokens + args.new_tokens
     if not args.train and positions > config.max_position_embeddings:

@@ -17,6 +17,7 @@ is refused: allocation, copies, synchronization, the first use of a kernel that 
 from __future__ import annotations
 
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -99,6 +100,15 @@ class Array:
         """A copy in host memory, once everything before it has run. CaptureError during capture."""
         self.device._refuse("a copy to the host")
         return np.frombuffer(self.device._read(self), self.dtype).reshape(self.shape)
+
+    def view(self) -> Any:
+        """The same memory as an array of the library beneath, NumPy or CuPy: for others to read, by DLPack.
+
+        ValueError for bfloat16, which those libraries lack. What is on its way is not waited for.
+        """
+        if self.dtype.name == "bfloat16":
+            raise ValueError("bfloat16 is no dtype of NumPy's or CuPy's")
+        return self.device._values(self)
 
     def set(self, values: NDArray) -> None:
         """Copy from host memory. ValueError on another shape or dtype, CaptureError during capture."""
@@ -218,6 +228,16 @@ class Device(ABC):
     def shared_bytes(self) -> int:
         """Of shared memory, the most that a block can have."""
 
+    def mark(self) -> Any:
+        """The moment at which everything asked for so far has run. Nothing is waited for."""
+        self._refuse("a mark")
+        return self._mark()
+
+    def seconds(self, start: Any, end: Any) -> float:
+        """Between two marks, by the device's own clock. Waits for the second."""
+        self._refuse("a look at the clock")
+        return self._seconds(start, end)
+
     def free_memory(self) -> int:
         """Bytes that can still be allocated."""
         self._refuse("a look at the memory")
@@ -271,6 +291,15 @@ class Device(ABC):
 
     @abstractmethod
     def _synchronize(self) -> None: ...
+
+    @abstractmethod
+    def _mark(self) -> Any: ...
+
+    @abstractmethod
+    def _seconds(self, start: Any, end: Any) -> float: ...
+
+    @abstractmethod
+    def _values(self, array: Array) -> Any: ...
 
 
 def expect(name: str, array: Array, shape: tuple[int, ...], dtype: object) -> None:
@@ -400,6 +429,12 @@ class HostDevice(Device):
     def _synchronize(self) -> None:
         """Every launch has run when it returns."""
 
+    def _mark(self) -> float:
+        return time.perf_counter()
+
+    def _seconds(self, start: float, end: float) -> float:
+        return end - start
+
 
 @dataclass(eq=False)
 class CudaDevice(Device):
@@ -497,6 +532,18 @@ class CudaDevice(Device):
 
     def _synchronize(self) -> None:
         self._stream.synchronize()
+
+    def _mark(self) -> Any:
+        event = self._cupy.cuda.Event()
+        event.record(self._stream)
+        return event
+
+    def _seconds(self, start: Any, end: Any) -> float:
+        end.synchronize()
+        return float(self._cupy.cuda.get_elapsed_time(start, end)) / 1000
+
+    def _values(self, array: Array) -> Any:
+        return self._bytes(array).view(array.dtype).reshape(array.shape)
 
 
 def _import_cupy() -> Any:

@@ -88,6 +88,14 @@ def _layer(p: reference.Layer, put: Put) -> Layer:
     )
 
 
+def arranged(params: reference.Params, put: Callable[[Any], Array]) -> Params:
+    """The parameters in the same order, each once as `put` makes it. A tied head is the embedding itself."""
+    embed_in = put(params.embed_in)
+    layers = tuple(_layer(p, put) for p in params.layers)
+    final = _layer_norm(params.final_layer_norm, put)
+    return Params(embed_in, layers, final, embed_in if params.embed_out is params.embed_in else put(params.embed_out))
+
+
 def to_device(model: reference.Model, device: Device, dtype: str = "float16") -> Model:
     """A model of the reference, its weights rounded to dtype. InputError if they cannot be, or no kernel takes them."""
     if dtype not in TYPES:
@@ -103,11 +111,8 @@ def to_device(model: reference.Model, device: Device, dtype: str = "float16") ->
             bar.update(array.size)
             return convert(array)
 
-        embed_in = put(params.embed_in)
-        layers = tuple(_layer(p, put) for p in params.layers)
-        final = _layer_norm(params.final_layer_norm, put)
-        embed_out = embed_in if params.embed_out is params.embed_in else put(params.embed_out)
-    return Model(config, Params(embed_in, layers, final, embed_out), *rotary_arrays(config, device))
+        on_device = arranged(params, put)
+    return Model(config, on_device, *rotary_arrays(config, device))
 
 
 def load(

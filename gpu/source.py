@@ -36,7 +36,8 @@ def _inlined(folder: Path, file: str) -> str:
 def _lines(folder: Path, file: str, included: set[str]) -> list[str]:
     """Each header once. #line directives keep every message at the file and line where the text stands."""
     lines = [f'#line 1 "{file}"\n']
-    for number, line in enumerate((folder / file).read_text().splitlines(keepends=True), start=1):
+    path = folder / file if (folder / file).is_file() else KERNELS / file  # kernels elsewhere may use these headers
+    for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
         header = LOCAL_INCLUDE.match(line)
         if header is None:
             lines.append("\n" if line.startswith("#pragma once") else line)

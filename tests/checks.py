@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -145,13 +145,17 @@ def stored_in_fewer_bits() -> None:
                 assert_close(y, x.astype(np.float64) @ wide.T, rtol=0, atol=atol)
 
 
+def note_share(shares: list[tuple[int, int]], first: int, last: int) -> None:
+    shares.append((first, last))
+
+
 def shares_are_the_whole() -> None:
     """Each of a range's steps lies in one share, whole, and there are as many shares as can be used."""
     for length, step, most, count in ((11, 1, 9, 3), (11, 4, 9, 3), (11, 4, 2, 2), (1, 5, 9, 1), (12, 4, 9, 3)):
         shares: list[tuple[int, int]] = []
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(cores, "cores", lambda: 3)
-            cores.in_shares(lambda first, last, to=shares: to.append((first, last)), length, step, most)
+            cores.in_shares(partial(note_share, shares), length, step, most)
         firsts, lasts = zip(*sorted(shares), strict=True)
         assert len(shares) == count
         assert (0, *lasts) == (*firsts, length)

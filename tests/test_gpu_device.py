@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
@@ -55,6 +56,30 @@ def test_an_array_gives_back_what_it_was_given(device, dtype) -> None:
     assert np.array_equal(back, values_before)
     assert (device.zeros((2, 3), dtype).get() == 0).all()
     assert copy.nbytes == values.nbytes
+
+
+def test_others_read_the_same_memory(device) -> None:
+    array = device.array(np.arange(6, dtype=np.float32).reshape(2, 3))
+    seen = array[1].view()
+    assert seen.shape == (3,)
+    array.set(np.arange(6, 12, dtype=np.float32).reshape(2, 3))
+    device.synchronize()
+    assert seen.tolist() == [9, 10, 11]
+    with pytest.raises(ValueError, match="bfloat16"):
+        device.zeros(3, "bfloat16").view()
+
+
+def test_time_passes_between_two_marks(device, source) -> None:
+    x = device.zeros(1000, F32)
+    marks = [device.mark()]
+    for count in (1, 50):
+        for _ in range(count):
+            device.launch(source, "scale", 32, 32, (x, F32(2), I32(1000)))
+        marks.append(device.mark())
+    first, second = (device.seconds(*pair) for pair in itertools.pairwise(marks))
+    assert first > 0
+    assert second > 0
+    assert device.seconds(marks[0], marks[2]) == pytest.approx(first + second, rel=0.01)
 
 
 def test_views_share_memory_along_the_first_axis(device) -> None:
@@ -208,6 +233,7 @@ def test_capture_refuses_what_a_card_cannot_capture(device, source) -> None:
         "a copy to the host": position.get,
         "a copy from the host": lambda: position.set(np.zeros(1, I32)),
         "synchronization": device.synchronize,
+        "a mark": device.mark,
         "another capture": lambda: device.capture(launches),
         "a replay": other.replay,
         "compilation of seam.cu": lambda: device.launch(unseen, "advance", 1, 1, (position,)),

@@ -27,7 +27,11 @@ def nvrtc_is_there() -> None:
     require_nvrtc()
 
 
-@pytest.mark.parametrize("source", ops.SOURCES, ids=lambda source: source.file)
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+BENCHMARK = Source("benchmark.cu", ("draw<float>", "draw<__half>", "read_stream", "copy_stream", "nothing"), EXAMPLES)
+
+
+@pytest.mark.parametrize("source", [*ops.SOURCES, BENCHMARK], ids=lambda source: source.file)
 def test_every_kernel_compiles_for_every_card_without_spills(source: Source) -> None:
     for arch in architectures():
         used = usage(source, arch)

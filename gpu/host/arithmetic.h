@@ -5,6 +5,8 @@
 #define __expf(x) expf(x)
 #define __logf(x) logf(x)
 #define __exp2f(x) exp2f(x)
+#define __sinf(x) sinf(x)
+#define __cosf(x) cosf(x)
 #define __log2f(x) log2f(x)
 HOST_INLINE float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 HOST_INLINE float __frcp_rn(float x) { return 1.0f / x; }
