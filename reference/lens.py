@@ -26,8 +26,7 @@ from neox.reference.checkpoint.torch_file import torch_tensors
 from neox.reference.config import Config
 from neox.reference.errors import InputError
 from neox.reference.model import Array, Linear, Model, linear, unembed
-from neox.reference.project import project
-from neox.reference.trace import begin, run_with_cache, through_layers
+from neox.reference.trace import begin, head_results, run_with_cache, through_layers
 
 # Lenses.
 
@@ -94,13 +93,6 @@ class Attribution:
 
 def head_name(layer: int, head: int) -> str:
     return f"blocks.{layer}.attn.{head}"
-
-
-def head_results(p: Linear, z: Array) -> Array:  # (B,T,H,D) -> (B,T,H,C)
-    """What each head adds to the residual stream; their sum and the bias of `dense` are hook_attn_out."""
-    heads, width = z.shape[-2:]
-    weight = p.weight.reshape(-1, heads, width)  # (C,H,D)
-    return np.stack([project(z[..., h, :], np.ascontiguousarray(weight[:, h])) for h in range(heads)], axis=-2)
 
 
 def _terms(model: Model, cache: Mapping[str, Array]) -> Iterator[tuple[str, Array]]:

@@ -229,7 +229,9 @@ def attention(p: Attention, head_dim: int, x: Array, rotary: Rotary, mix: Mix, t
     batch, length, _ = x.shape
     qkv = linear(x, p.query_key_value).reshape(batch, length, -1, 3, head_dim)  # (B,T,H,3,D)
     q, k, v = (tap(f"hook_{name}", qkv[..., i, :]).swapaxes(1, 2) for i, name in enumerate("qkv"))  # 3 x (B,H,T,D)
-    z = mix(apply_rotary(q, *rotary), apply_rotary(k, *rotary), v, tap)
+    q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+    q, k = (tap(f"hook_rot_{name}", y.swapaxes(1, 2)).swapaxes(1, 2) for name, y in (("q", q), ("k", k)))
+    z = mix(q, k, v, tap)
     z = tap("hook_z", z.swapaxes(1, 2))  # (B,T,H,D)
     return linear(z.reshape(batch, length, -1), p.dense)
 

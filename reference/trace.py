@@ -12,17 +12,23 @@ a * stands for anything.
     blocks.i.ln1.hook_scale, ln2., ln_final.   (B,T,1)    what a norm divides by
     blocks.i.ln1.hook_normalized, ...          (B,T,C)    before the norm's weight and bias
     blocks.i.attn.hook_q, hook_k, hook_v       (B,T,H,D)  before rotation
+    blocks.i.attn.hook_rot_q, hook_rot_k       (B,T,H,D)  after it
     blocks.i.attn.hook_attn_scores             (B,H,T,S)  scaled, minus infinity in the future
     blocks.i.attn.hook_pattern                 (B,H,T,S)
     blocks.i.attn.hook_z                       (B,T,H,D)  what each head has gathered, before `dense`
+    blocks.i.attn.hook_result                  (B,T,H,C)  what each head adds to the stream; see below
     blocks.i.mlp.hook_pre, hook_post           (B,T,F)    before and after GELU
     blocks.i.hook_attn_out, hook_mlp_out       (B,T,C)    what the branches add to the stream, biases included
+
+hook_result takes as much memory as H residual streams, and the model never holds it: it is computed only if it is asked
+for by more than a bare *. Changed, it moves hook_attn_out by what it was moved by.
 
 Two traps for who comes from TransformerLens: nothing is folded into the weights here, and no token is put in front.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
@@ -31,14 +37,29 @@ from numpy.typing import ArrayLike
 
 from neox.reference.config import Config
 from neox.reference.errors import InputError
-from neox.reference.model import Array, Model, Tap, checked, embed, layer, rotary_tables, unembed, untapped, within
+from neox.reference.model import (
+    Array,
+    Linear,
+    Model,
+    Tap,
+    checked,
+    embed,
+    layer,
+    rotary_tables,
+    unembed,
+    untapped,
+    within,
+)
+from neox.reference.project import project
 
 Names = str | Sequence[str] | Callable[[str], bool]  # a pattern, several, or whether a name is wanted
 Hook = Callable[[Array], Array | None]  # may look at an array, or return what takes its place
 Cache = dict[str, Array]
 
 NORM = ("hook_scale", "hook_normalized")
-ATTENTION = ("hook_q", "hook_k", "hook_v", "hook_attn_scores", "hook_pattern", "hook_z")
+ATTENTION = ("hook_q", "hook_k", "hook_v", "hook_rot_q", "hook_rot_k", "hook_attn_scores", "hook_pattern", "hook_z")
+RESULT = "attn.hook_result"
+EVERYTHING = "*"  # that a tap sees
 
 
 # Names.
@@ -63,8 +84,9 @@ def hook_names(config: Config) -> list[str]:
 
 
 def matching(config: Config, names: Names) -> set[str]:
-    """The names that are meant. InputError if a pattern fits none."""
-    known = hook_names(config)
+    """The names that are meant, hook_result among them unless by a bare *. InputError if a pattern fits none."""
+    results = {f"blocks.{i}.{RESULT}" for i in range(config.num_hidden_layers)}
+    known = [*hook_names(config), *results]
     if callable(names):
         return {name for name in known if names(name)}
     found: set[str] = set()
@@ -72,7 +94,7 @@ def matching(config: Config, names: Names) -> set[str]:
         fitting = {name for name in known if fnmatchcase(name, pattern)}
         if not fitting:
             raise InputError(f"nothing in the model is called {pattern!r}: names are such as {', '.join(known[:3])}")
-        found |= fitting
+        found |= fitting - results if pattern == EVERYTHING else fitting
     return found
 
 
@@ -92,6 +114,35 @@ def through_layers(model: Model, x: Array, layers: range, tap: Tap = untapped) -
     return x
 
 
+# The outputs of single heads, which the model does not hold: it multiplies all of them by one matrix.
+
+
+def head_results(p: Linear, z: Array) -> Array:  # (B,T,H,D) -> (B,T,H,C)
+    """What each head adds to the residual stream; their sum and the bias of `dense` are hook_attn_out."""
+    heads, width = z.shape[-2:]
+    weight = p.weight.reshape(-1, heads, width)  # (C,H,D)
+    return np.stack([project(z[..., h, :], np.ascontiguousarray(weight[:, h])) for h in range(heads)], axis=-2)
+
+
+def with_results(model: Model, tap: Tap, wanted: set[str]) -> Tap:
+    """A tap that is also shown hook_result, where that is wanted. Left as it is, it adds zero: no bit changes."""
+    moved: dict[str, Array] = {}
+
+    def shown(name: str, array: Array) -> Array:
+        part = re.fullmatch(r"blocks\.(\d+)\.(?:attn\.hook_z|hook_attn_out)", name)
+        result = f"blocks.{part[1]}.{RESULT}" if part else ""
+        if part is None or result not in wanted:
+            return tap(name, array)
+        if name.endswith("hook_attn_out"):
+            return tap(name, array + moved.pop(result))
+        z = tap(name, array)
+        before = head_results(model.params.layers[int(part[1])].attention.dense, z)
+        moved[result] = (tap(result, before.copy()) - before).sum(axis=-2)
+        return z
+
+    return shown if any(name.endswith(RESULT) for name in wanted) else tap
+
+
 # Keeping.
 
 
@@ -107,7 +158,7 @@ def keeping(wanted: set[str], cache: Cache) -> Tap:
 
 
 def run_with_cache(
-    model: Model, ids: ArrayLike, names: Names = "*", stop_at_layer: int | None = None
+    model: Model, ids: ArrayLike, names: Names = EVERYTHING, stop_at_layer: int | None = None
 ) -> tuple[Array, Cache]:
     """Logits (B,T,V), and all that was computed under these names.
 
@@ -119,7 +170,8 @@ def run_with_cache(
     if stop_at_layer is not None and not 0 <= stop_at_layer <= count:
         raise InputError(f"stop_at_layer must be from 0 to {count}, not {stop_at_layer}")
     cache: Cache = {}
-    tap = keeping(matching(model.config, names), cache)
+    wanted = matching(model.config, names)
+    tap = with_results(model, keeping(wanted, cache), wanted)
     stop = count if stop_at_layer is None else stop_at_layer
     x = through_layers(model, begin(model, ids, tap), range(stop), tap)
     return (unembed(model, x, tap) if stop_at_layer is None else x), cache
@@ -158,7 +210,7 @@ def instead(array: Array) -> Hook:
 
 def run_with_hooks(model: Model, ids: ArrayLike, hooks: Mapping[str, Hook]) -> Array:  # (B,T) -> (B,T,V)
     """Logits of a pass in which hooks look on or step in. InputError as forward and hooked."""
-    tap = hooked(model.config, hooks)
+    tap = with_results(model, hooked(model.config, hooks), matching(model.config, list(hooks)))
     x = through_layers(model, begin(model, ids, tap), range(model.config.num_hidden_layers), tap)
     return unembed(model, x, tap)
 

@@ -280,6 +280,12 @@ WHOLE_MODEL = (
         ('z = tap("hook_z", z.swapaxes(1, 2))', 'z = z.swapaxes(1, 2); tap("hook_z", z)'),
     ),
     mutant(
+        "rotated queries that cannot be replaced",
+        "taps_replace",
+        "attention",
+        ("z = mix(q, k, v, tap)", "z = mix(apply_rotary(qkv[..., 0, :].swapaxes(1, 2), *rotary), k, v, tap)"),
+    ),
+    mutant(
         "patterns that cannot be replaced",
         "taps_replace",
         "attend",

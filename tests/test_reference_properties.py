@@ -232,7 +232,7 @@ def test_layer_norm_has_mean_zero_and_variance_one(seed: int):
 
 def names_of(config: Config) -> list[str]:
     """Every name a tap hears, in the order of the arithmetic."""
-    attention = [f"attn.hook_{name}" for name in ("q", "k", "v", "attn_scores", "pattern", "z")]
+    attention = [f"attn.hook_{name}" for name in ("q", "k", "v", "rot_q", "rot_k", "attn_scores", "pattern", "z")]
     middle = [] if config.use_parallel_residual else ["hook_resid_mid"]
     layer = [
         "hook_resid_pre",
@@ -252,7 +252,7 @@ def names_of(config: Config) -> list[str]:
 def shape_of(name: str, config: Config, batch: int, length: int) -> tuple[int, ...]:
     heads, width = config.num_attention_heads, config.head_dim
     last = name.rpartition(".")[2]
-    if last in ("hook_q", "hook_k", "hook_v", "hook_z"):
+    if last in ("hook_q", "hook_k", "hook_v", "hook_rot_q", "hook_rot_k", "hook_z"):
         return (batch, length, heads, width)
     if last in ("hook_attn_scores", "hook_pattern"):
         return (batch, heads, length, length)

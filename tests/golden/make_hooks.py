@@ -48,5 +48,5 @@ if __name__ == "__main__":
 
     config = replace(TINY, num_hidden_layers=2, hidden_act="gelu")
     found = seen_by_transformer_lens(config, draw_ids(config, 2, 9, 0))
-    named: dict[str, Any] = {name: found[name] for name in hook_names(config)}
+    named: dict[str, Any] = {name: found[name] for name in hook_names(config) if name in found}
     np.savez_compressed(HERE.parent / "data" / "hooks.npz", **named)
