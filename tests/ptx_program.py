@@ -65,7 +65,7 @@ def _shared(text: str) -> tuple[dict[str, int], int]:
     for alignment, bits, name, count in SHARED.findall(text):
         offsets[name] = -(-end // int(alignment)) * int(alignment)
         end = offsets[name] + int(bits) // 8 * int(count or 1)
-    offsets |= {name: -(-end // 16) * 16 for name in DYNAMIC_SHARED.findall(text)}  # after all the others
+    offsets |= dict.fromkeys(DYNAMIC_SHARED.findall(text), -(-end // 16) * 16)  # after all the others
     return offsets, end
 
 
