@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from devices import ROUNDING, all_devices, devices
@@ -142,7 +144,8 @@ HEADS = st.sampled_from(((24, 6), (96, 24), (16, 4), (80, 20), (64, 64), (8, 2))
 def test_queries_keys_and_values_are_those_of_the_plain_kernels(
     device, N, H, head, dtype, blocks, biased, seed
 ) -> None:
-    check_qkv(device, N, H, *head, dtype, blocks, biased, 9, seed)
+    D, R = head
+    check_qkv(device, N, H, D, R, dtype, blocks, biased, 9, seed)
 
 
 def test_positions_over_1000() -> None:
@@ -166,24 +169,25 @@ def check_mlp(
     rng, C, N, S = np.random.default_rng(seed), H * D, len(lengths), max(lengths) + 2
     x, gain, shift = map(device.array, normed(rng, dtype, N, C))
     up, bias = device.array(numbers(rng, dtype, F, C, scale=C**-0.5)), device.array(numbers(rng, dtype, F, scale=0.3))
-    q, keys, values = numbers(rng, dtype, N, C), *(numbers(rng, dtype, N + 1, H, S, D) for _ in range(2))
+    q = numbers(rng, dtype, N, C)
+    keys, values = (numbers(rng, dtype, N + 1, H, S, D) for _ in range(2))
     texts, positions = np.arange(N, 0, -1, dtype=np.int32), np.array(lengths, np.int32) - 1
     for t, p in zip(texts, positions, strict=True):
         keys[t, :, p + 1 :] = values[t, :, p + 1 :] = np.nan
-    over = [device.array(a) for a in (q, keys, values, texts, positions)]
+    over: Any = [device.array(a) for a in (q, keys, values, texts, positions)]
     partial = device.empty((N, H, splits, D + 2), "float32")
-    activated, z, row, hidden, plain_activated, plain_z = (
-        *(device.empty(shape, dtype) for shape in ((N, F), (N, C), (N, C))),
-        device.empty((N, F), "float32"),
-        *(device.empty(shape, dtype) for shape in ((N, F), (N, C))),
-    )
+    activated, z, row = (device.empty(shape, dtype) for shape in ((N, F), (N, C), (N, C)))
+    hidden = device.empty((N, F), "float32")
+    plain_activated, plain_z = (device.empty(shape, dtype) for shape in ((N, F), (N, C)))
     arrived, taken = device.zeros((N, H), "uint32"), device.zeros(2, "uint32")
-    streams = (x, gain, shift, EPS, up, bias, activation, activated)
-    fused.fused_mlp(*streams, *over, partial, z, arrived, taken, blocks)
+    streams: Any = (x, gain, shift, EPS, up, bias, activation, activated)
+    everything: Any = (*streams, *over, partial, z, arrived, taken, blocks)
+    fused.fused_mlp(*everything)
     ops.layer_norm(x, gain, shift, EPS, row)
     ops.product_naive(row, up, hidden)
     ops.bias_gelu(hidden, bias, activation, plain_activated)
-    ops.attention_decode_naive(*over, plain_z)
+    over = (*over, plain_z)
+    ops.attention_decode_naive(*over)
     # The slope of both activations is below 1.2.
     floor = 1.2 * sum_floor(C, np.abs(row.get().astype(np.float64)).max())
     assert_near(activated.get(), plain_activated.get(), dtype, floor)
@@ -216,7 +220,7 @@ def test_sixteen_texts() -> None:
 def test_shapes_and_dtypes_of_the_output_are_checked() -> None:
     device = all_devices()[0]
     empty = device.empty
-    right: dict[str, Array] = {
+    right: dict[str, Any] = {
         "z": empty((3, 24), "float16"), "dense": empty((24, 24), "float16"), "dense_bias": empty(24, "float16"),
         "activated": empty((3, 40), "float16"), "down": empty((24, 40), "float16"), "down_bias": empty(24, "float16"),
         "x": device.zeros((3, 24), "float32"), "taken": device.zeros(1, "uint32"),
@@ -231,7 +235,7 @@ def test_shapes_and_dtypes_of_the_output_are_checked() -> None:
             fused.fused_output(*(right | {name: wrong}).values())
 
 
-def output_arrays(device: Device, N: int, C: int, F: int, dtype: str) -> list[Array]:
+def output_arrays(device: Device, N: int, C: int, F: int, dtype: str) -> list[Any]:
     shapes = (N, C), (C, C), (C,), (N, F), (C, F), (C,)
     return [
         *(device.empty(shape, dtype) for shape in shapes),
