@@ -96,7 +96,7 @@ class Running:
         """That are open, seen from the server."""
         return len(self.server.server_state.connections)
 
-    def wait_until(self, seconds: float = 10.0, **load: int) -> None:
+    def wait_until(self, seconds: float = 60.0, **load: int) -> None:
         """Until /health reports this load."""
         end = time.monotonic() + seconds
         while True:

@@ -160,7 +160,7 @@ def assert_scores(job: Job, scores: Scores) -> None:
 
 
 @given(VISITS, LIMITS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_every_text_is_what_it_is_alone_and_leaves_nothing_behind(visits: list[Visit], limits: Limits) -> None:
     for visit, events in run(Watched(model()), visits, limits).items():
         assert_as_alone(visit, events)

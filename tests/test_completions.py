@@ -328,7 +328,7 @@ def test_a_body_that_is_no_object_is_refused(body: bytes) -> None:
         ),
     )
 )
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_whatever_is_asked_is_read_or_refused(body: Json) -> None:
     try:
         asked = read_asked(parsed(json.dumps(body).encode()), tokenizer(), 5)
