@@ -35,7 +35,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from neox.reference import shipped
-from neox.reference.batching import Batch, Event, Failure, Full, Job, Limits, ReferenceBackend
+from neox.reference.batching import Backend, Batch, Event, Failure, Full, Job, Limits, ReferenceBackend
 from neox.reference.checkpoint.hub import find
 from neox.reference.checkpoint.load import load
 from neox.reference.completions import (
@@ -66,6 +66,7 @@ except ImportError as missing:
     print(f'error: a server needs more packages ({missing}): pip install "neox20b[serve]"', file=sys.stderr)
     sys.exit(2)
 
+DTYPES = {"reference": ("float32", "float64"), "gpu": ("float16", "bfloat16", "float32")}  # the default first
 PATIENCE = 60  # seconds, for a body to arrive and for what was sent to be taken
 GRACE = 3  # seconds, for answers to be ended when the server stops
 OVERSIZE = (
@@ -517,10 +518,11 @@ def parser() -> Parser:
     flags.add_argument("--model", metavar="PATH|NAME", help="a folder, or a name on huggingface.co such as pythia-70m")
     flags.add_argument("--revision", help="of a named model, such as step1000; of a folder, a folder inside it")
     flags.add_argument("--name", help="by which requests know the model: that of --model by default")
-    flags.add_argument("--dtype", choices=["float32", "float64"], default="float32", help="to compute in")
-    flags.add_argument(
-        "--weights", choices=["auto", "upcast", "stored", "streamed"], default="auto", help="as of generate.py"
-    )
+    flags.add_argument("--backend", choices=list(DTYPES), default="reference")
+    flags.add_argument("--device", choices=["cuda", "host"], help="of --backend gpu; host runs its kernels on the CPU")
+    every = list(dict.fromkeys(dtype for dtypes in DTYPES.values() for dtype in dtypes))
+    flags.add_argument("--dtype", choices=every, help="to compute in: float32 by default, on the gpu float16")
+    flags.add_argument("--weights", choices=["auto", "upcast", "stored", "streamed"], help="as of generate.py")
     flags.add_argument("--host", default="127.0.0.1", help="address to listen at: 0.0.0.0 is every one of this machine")
     flags.add_argument("--port", type=int, default=8000, help="0 takes a free one")
     flags.add_argument("--texts", type=int, default=16, metavar="N", help="continued side by side")
@@ -590,8 +592,32 @@ def serve(args: argparse.Namespace, batch: Batch[Any], name: str, context: int, 
     note("stopped")
 
 
+def check_backend(args: argparse.Namespace) -> None:
+    """InputError for flags that do not belong together."""
+    if args.backend == "gpu" and args.weights is not None:
+        raise InputError("--weights belongs to --backend reference: on the gpu weights are always kept as --dtype")
+    if args.backend != "gpu" and args.device is not None:
+        raise InputError("--device belongs to --backend gpu")
+    if args.dtype not in (None, *DTYPES[args.backend]):
+        raise InputError(f"--backend {args.backend} computes in {', '.join(DTYPES[args.backend])}, not {args.dtype}")
+
+
+def open_backend(args: argparse.Namespace, folder: Path) -> tuple[Backend[Any], int]:
+    """What computes, and the bytes of a number that it caches."""
+    dtype = args.dtype or DTYPES[args.backend][0]
+    if args.backend == "reference":
+        loaded = load(folder, dtype=dtype, weights=args.weights or "auto")
+        return ReferenceBackend(loaded), loaded.dtype.itemsize
+    from neox import gpu
+    from neox.gpu.batching import DeviceBackend
+
+    on_device = gpu.load(folder, dtype=dtype, device=args.device or "cuda")
+    return DeviceBackend(on_device, args.texts, on_device.config.max_position_embeddings), on_device.dtype.itemsize
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
+    check_backend(args)
     if args.max_body < 1:
         raise InputError(f"--max-body must be 1 or more, not {args.max_body}")
     # Weights that overflow are reported by an error of our own.
@@ -600,11 +626,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         note("model: the small one that comes with the package; others by --model, such as pythia-70m, or a folder")
     folder = shipped.path() if args.model is None else find(args.model, args.revision)
     tokenizer = load_tokenizer(folder)
-    loaded = load(folder, dtype=args.dtype, weights=args.weights)
-    config = loaded.config
-    positions = 4 * config.max_position_embeddings if args.positions is None else args.positions
-    batch = Batch(ReferenceBackend(loaded), Limits(positions, args.texts, args.queue, args.chunk), tokenizer)
-    size = 2 * positions * config.num_hidden_layers * config.hidden_size * loaded.dtype.itemsize
+    backend, itemsize = open_backend(args, folder)
+    config = backend.config
+    positions = (args.texts if args.backend == "gpu" else 4) * config.max_position_embeddings
+    positions = positions if args.positions is None else args.positions
+    batch = Batch(backend, Limits(positions, args.texts, args.queue, args.chunk), tokenizer)
+    size = 2 * positions * config.num_hidden_layers * config.hidden_size * itemsize
     note(f"up to {args.texts} texts at a time, of {positions} positions together: {size / 1e9:.3g} GB at most")
     name = args.name or (Path(args.model).name if args.model else "shipped")
     serve(args, batch, name, config.max_position_embeddings, tokenizer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -375,6 +376,20 @@ def test_ctrl_c_ends_it_at_once_whoever_is_connected() -> None:
         assert time.monotonic() - begin < 5
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed")
+def test_the_kernels_answer_as_the_reference() -> None:
+    asked = {"prompt": "Once upon a time", "max_tokens": 6, "temperature": 0}
+    texts = []
+    for flags in ([], ["--backend", "gpu", "--device", "host", "--dtype", "float32", "--texts", "2"]):
+        with started(*flags) as (process, server):
+            status, answer = server.post(asked)
+            assert status == 200
+            texts.append(answer["choices"][0]["text"])
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 0
+    assert texts[0] == texts[1] != ""
+
+
 def ended(*flags: str) -> tuple[int, str]:
     process = subprocess.run(
         [sys.executable, str(SERVE), *flags], capture_output=True, text=True, timeout=60, check=False
@@ -397,6 +412,9 @@ def test_a_taken_port_is_one_line() -> None:
         (["--host", "nowhere.invalid"], "error: cannot listen at nowhere.invalid, port 8000 ("),
         (["--max-body", "0"], "error: --max-body must be 1 or more, not 0"),
         (["--texts", "0"], "error: running must be 1 or more, not 0"),
+        (["--device", "host"], "error: --device belongs to --backend gpu"),
+        (["--backend", "gpu", "--weights", "stored"], "error: --weights belongs to --backend reference"),
+        (["--dtype", "float16"], "error: --backend reference computes in float32, float64, not float16"),
     ],
     ids=lambda value: str(value),
 )
