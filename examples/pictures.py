@@ -44,8 +44,11 @@ class Subject:
         return ids
 
     def label(self, index: int, longest: int = 12) -> str:
-        """A token in one short word: a dot for each space, escapes for what cannot be printed."""
-        text = self.tokenizer.decode([index]).replace(" ", "\N{MIDDLE DOT}")
+        """A token in one short word: a dot for each space, escapes for what cannot be printed or is part of a letter."""
+        text = self.tokenizer.decode([index])
+        if "\N{REPLACEMENT CHARACTER}" in text:
+            text = self.tokenizer.token_bytes(index).decode("utf-8", "backslashreplace")
+        text = text.replace(" ", "\N{MIDDLE DOT}")
         text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text) or f"#{index}"
         return text if len(text) <= longest else f"{text[: longest - 1]}\N{HORIZONTAL ELLIPSIS}"
 
