@@ -44,7 +44,7 @@ class Subject:
         return ids
 
     def label(self, index: int, longest: int = 12) -> str:
-        """A token in one short word: a dot for each space, escapes for what cannot be printed or is part of a letter."""
+        """A token in one short word: a dot for each space, escapes for parts of letters and what is not printable."""
         text = self.tokenizer.decode([index])
         if "\N{REPLACEMENT CHARACTER}" in text:
             text = self.tokenizer.token_bytes(index).decode("utf-8", "backslashreplace")
