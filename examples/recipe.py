@@ -5,20 +5,22 @@
         --learning-rate 3e-3
     python examples/train.py text/second --held-out text/held-out --out second --steps 9500 --batch 4 \\
         --learning-rate 2e-3 --from first/step9000
-    python examples/measure.py first:9000 second --held-out text/held-out
-    python examples/convert.py second/step9500 model --dtype float16
+    python examples/train.py text/third --held-out text/held-out --out third --steps 6500 --batch 4 \\
+        --learning-rate 1.5e-3 --from second/step9500
+    python examples/measure.py first:9000 second:9500 third --held-out text/held-out
+    python examples/convert.py third/step6500 model --dtype float16
 
-The first run can be stopped after 9,000 steps: from there, the second goes on with more repetitions. Together they read
-19 million tokens, in some two hours on one core:
+The first run can be stopped after 9,000 steps: from there, the second goes on with more repetitions, and the third with
+more stories. Together they read 25.6 million tokens, in some two hours and a half on one core:
 
-    first   second
-    55 %    19 %    stories
+    first   second  third
+    55 %    19 %    72 %    stories
                     public_domain_short_stories.jsonl.gz   of Project Gutenberg; public domain in the USA
                     gutenberg_books/                       Alice in Wonderland (11), The Wonderful Wizard of Oz (55) and
                                                            The Blue Fairy Book (503) of Project Gutenberg, likewise
                     tinystories_excerpt.txt                Eldan and Li 2023, "TinyStories"; CDLA-Sharing-1.0
-    38 %    33 %    arithmetic of numbers below 100, made here: "Q: What is 48 plus 76?\\nA: 124"
-     7 %    48 %    repetitions of a few random words or characters, made here: what induction heads are for
+    38 %    33 %    22 %    arithmetic of numbers below 100, made here: "Q: What is 48 plus 76?\\nA: 124"
+     7 %    48 %     5 %    repetitions of a few random words or characters, made here: what induction heads are for
 
 Held out are whole stories, and one in ten pairs of numbers, in both orders and for both operations.
 """
