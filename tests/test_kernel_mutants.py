@@ -531,7 +531,6 @@ MUTANTS = [
     *mutants(
         "fused_mlp.cu",
         check_mlp,
-        ("__syncthreads();  // every thread's is", "// every thread's is"),
         ("__syncthreads();  // all know", "// all know"),
         ("head = job / a.splits, split = job % a.splits", "head = job % a.splits, split = job / a.splits"),
         ("n = head / a.H, h = head % a.H", "n = head % a.H, h = head / a.H"),

@@ -97,6 +97,13 @@ def check_copies(device: Device, source: Source, seed: int = 0) -> None:
     assert np.array_equal(y.get(), np.where(wanted[:, None], x, 0))
 
 
+def check_loads(device: Device, source: Source, seed: int = 0) -> None:
+    x = np.random.default_rng(seed).normal(size=(32, 4)).astype(np.float32)
+    y = device.empty((32, 4), "float32")
+    device.launch(source, "loads", 1, 32, (device.array(x), y))
+    assert np.array_equal(y.get(), x)
+
+
 def check_tile(device: Device, source: Source, dtype: str, by_columns: bool, seed: int = 0) -> None:
     a, b, c = drawn_factors(dtype, seed)
     d = device.array(c)
@@ -113,6 +120,7 @@ def check_all(device: Device, source: Source, seed: int = 0) -> None:
     for dtype in TYPES:
         check_mma(device, source, dtype, seed)
     check_copies(device, source, seed)
+    check_loads(device, source, seed)
 
 
 @given(devices(), st.sampled_from(tuple(TYPES)), seeds)
@@ -128,6 +136,11 @@ def test_ldmatrix_gives_each_lane_its_part_of_each_matrix(wrappers, device, tran
 @given(devices(), seeds)
 def test_copies_are_there_once_they_have_been_waited_for(wrappers, device, seed) -> None:
     check_copies(device, wrappers, seed)
+
+
+@given(devices(), seeds)
+def test_loads_that_the_caches_forget_are_loads(wrappers, device, seed) -> None:
+    check_loads(device, wrappers, seed)
 
 
 @given(devices(), st.sampled_from(tuple(TYPES)), st.booleans(), seeds)

@@ -73,6 +73,8 @@ MUTANTS = [
     ("int bytes = wanted ? 16 : 0", "int bytes = wanted ? 0 : 16"),
     ('"n"(KEEP)', '"n"(KEEP + 1)'),
     ("cp.async.commit_group;", ""),
+    ('"=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)', '"=r"(x.x), "=r"(x.z), "=r"(x.y), "=r"(x.w)'),
+    ("v4.u32 {%0,%1,%2,%3}, [%4]", "v4.u32 {%0,%1,%2,%3}, [%4+16]"),
 ]
 
 

@@ -40,6 +40,12 @@ extern "C" __global__ void copies(const float* x, const int* wanted, float* y) {
     pieces[threadIdx.x + 32] = s[threadIdx.x + 32];
 }
 
+// y = x: pieces of 16 bytes, (32).
+extern "C" __global__ void loads(const float* x, float* y) {
+    const uint64_t policy = used_once();
+    reinterpret_cast<uint4*>(y)[threadIdx.x] = load_once(x + 4 * threadIdx.x, policy);
+}
+
 // One tile through all of them: D += A B with A (16,16), B (16,8) in T and D in float.
 //
 // BY_COLUMNS: A and B are stored transposed, as (16,16) and (8,16); ldmatrix transposes A then, and B otherwise.

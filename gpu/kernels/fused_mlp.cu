@@ -46,7 +46,7 @@ __device__ __forceinline__ void attend_split(const Attention<T>& a, int job, Gro
     attend(a.q + head * D, a.keys + text, a.values + text, first, min(length, first + part), groups,
            averages + split * (D + 2));
     __threadfence();  // this thread's part of the average is there for other blocks before the block says so
-    __syncthreads();  // every thread's is; and none reads `groups` or `joins` any more
+    __syncthreads();  // every thread's is, which only other blocks could miss; and none reads `groups` any more
     if (threadIdx.x == 0) joins = atomicInc(a.arrived + head, a.splits - 1) == a.splits - 1;
     __syncthreads();  // all know whether this was the last
     if (!joins) return;
