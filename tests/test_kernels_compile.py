@@ -17,7 +17,7 @@ REGISTERS = {
     "attention_prefill.cu": 255,
     "gemm.cu": 96,  # 32 sums and their fragments: five blocks of 128 threads fit
     # Two blocks of 256 threads fit, which have 64 to 96 KB on their way.
-    **{file: 128 for file in ("fused_qkv.cu", "fused_mlp.cu", "fused_output.cu")},
+    **dict.fromkeys(("fused_qkv.cu", "fused_mlp.cu", "fused_output.cu"), 128),
     "matvec.cu": 128,  # two blocks of 256 threads fit, which have 64 KB on their way
 }
 

@@ -32,14 +32,14 @@ template <class T> struct Attention {
     float* partial;
     T* z;
     unsigned* arrived;
-    int H, S, splits;
+    int heads, H, S, splits;  // heads: of all rows
 };
 
 // One split of one head of one row; all threads must call it.
 template <class T, int D>
 __device__ __forceinline__ void attend_split(const Attention<T>& a, int job, Groups<T, D, STREAM_THREADS>& groups) {
     __shared__ bool joins;
-    const int head = job / a.splits, split = job % a.splits, n = head / a.H, h = head % a.H;
+    const int head = job % a.heads, split = job / a.heads, n = head / a.H, h = head % a.H;
     const int length = a.positions[n] + 1, part = (length + a.splits - 1) / a.splits, first = split * part;
     const long long text = (static_cast<long long>(a.texts[n]) * a.H + h) * a.S * D;
     float* averages = a.partial + static_cast<long long>(head) * a.splits * (D + 2);
@@ -93,7 +93,7 @@ fused_mlp(const float* __restrict__ x, const T* __restrict__ gain, const T* __re
           unsigned* __restrict__ taken, int attending, int splits, int N, int C, int F, int S, float eps) {
     DYNAMIC_SHARED(T, normed);
     const int H = C / D;
-    const Attention<T> attention{q, keys, values, texts, positions, partial, z, arrived, H, S, splits};
+    const Attention<T> attention{q, keys, values, texts, positions, partial, z, arrived, N * H, H, S, splits};
     const bool first = blockIdx.x < attending;
     // The groups lie where the normed rows are before or after. Between the two is a barrier of the stream or of a job.
     if (first) attend_jobs<T, D>(attention, N * H * splits, taken + 1, normed);
