@@ -398,6 +398,7 @@ def flags() -> argparse.Namespace:
     card = parser.add_argument_group("with --backend gpu")
     card.add_argument("--device", choices=["cuda", "host"], default="cuda")
     card.add_argument("--dry-run", action="store_true", help="a tiny shape, to see that all of it runs")
+    card.add_argument("--peer", action="store_true", help="beside transformers instead, in decoding")
     card.add_argument("--picture", type=Path, metavar="FILE", help="draw the roofline: .png, .svg or .pdf")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -408,15 +409,25 @@ def write_json(args: argparse.Namespace, limits: Answer, report: list[Row], part
     args.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
 
 
+def on_a_card(args: argparse.Namespace) -> None:
+    import benchmark_gpu
+
+    if not args.peer:
+        return benchmark_gpu.benchmark(args, SHAPES | LARGEST)
+    import benchmark_peer
+
+    comparisons = benchmark_peer.benchmark(args, SHAPES | LARGEST)
+    if args.json:
+        args.json.write_text(json.dumps(comparisons, indent=1), encoding="utf-8")
+
+
 def main() -> None:
     args = flags()
     if args.worker:
         return serve_updates(*args.worker) if args.train and args.worker[0] in UPDATERS else serve(*args.worker)
     if args.backend == "gpu":
-        from benchmark_gpu import benchmark
-
-        return benchmark(args, SHAPES | LARGEST)
-    for flag in ("dry_run", "picture"):
+        return on_a_card(args)
+    for flag in ("dry_run", "picture", "peer"):
         if getattr(args, flag):
             raise InputError(f"--{flag.replace('_', '-')} is for --backend gpu")
     if args.shape in LARGEST:

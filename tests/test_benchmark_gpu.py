@@ -61,12 +61,26 @@ def test_a_dry_run_goes_through_all_of_it(tmp_path: Path, program) -> None:
         assert (tmp_path / "roof.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.oracle
+def test_beside_transformers_all_choose_the_same_tokens(tmp_path: Path) -> None:
+    """From one memory: the weights that torch is lent are those that were drawn."""
+    pytest.importorskip("torch", reason="torch is not installed")
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    done = benchmark(*HOST, "--dry-run", "--peer", "--json", str(tmp_path / "figures.json"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| 2 of 2 |") == 2
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert [(case["batch"], case["context"]) for case in figures] == [(1, 5), (3, 9)]
+    assert all(case["first"]["ours"] == case["first"]["compiled"] for case in figures)
+
+
 @pytest.mark.parametrize(
     ("flags", "phrase"),
     [
         ([*HOST, "--dry-run", "--picture", "roof.txt"], "its name must end with one of"),
         (["--shape", "gpt-neox-20b"], "gpt-neox-20b is for --backend gpu"),
         ([*HOST, "--shape", "gpt-2"], "invalid choice"),
+        (["--peer"], "--peer is for --backend gpu"),
         (["--dry-run"], "--dry-run is for --backend gpu"),
     ],
 )

@@ -1,0 +1,111 @@
+"""Bounds on what machine code and launches say of speed: a slower kernel is seen where there is no card."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import static_performance
+from nvrtc import require_nvrtc
+from static_performance import BUDGET, CASES, Case, Estimate, estimate, nvdisasm, resident_blocks
+
+from neox.gpu.source import KERNELS, Source
+
+# What 132 multiprocessors must have on their way for 4.5 TB/s at a latency of 0.8 us is 27 KB each.
+FLOOR = 27 * 1024
+# Those that fall short, and why. A case that no longer does must leave the list.
+FEW_ON_THEIR_WAY = {
+    "gemm, 32 x 6144 -> 18432": "two buffers of 64 x 32 weights, and two blocks a multiprocessor",
+    "gemm, 64 x 6144 -> 18432": "the same",
+    "gemm, 64 x 24576 -> 6144": "96 blocks for 132 multiprocessors",
+    "attention_decode, 1 x 128": "128 keys of a text are too little for a card",
+    "attention_decode, 1 x 2048": "512 blocks are too few",
+}
+UNBUSY = {
+    "gemm, 32 x 6144 -> 18432": "288 blocks on 132 multiprocessors: the third round is mostly empty",
+    "gemm, 64 x 6144 -> 18432": "the same",
+    "gemm, 64 x 24576 -> 6144": "96 blocks for 132 multiprocessors",
+    "attention_decode, 1 x 128": "64 blocks for 132 multiprocessors",
+}
+
+
+@pytest.fixture(autouse=True)
+def tools_are_there() -> None:
+    require_nvrtc()
+    if nvdisasm() is None:
+        pytest.skip("nvdisasm is not installed")
+
+
+def shortfalls(case: Case, e: Estimate) -> set[str]:
+    """The bounds that a kernel breaks."""
+    broken = {
+        "on their way": e.in_flight < FLOOR,
+        "instructions": e.instructions > BUDGET,
+        "busy": e.busy < 0.9,
+        # Up to 8 rows of x every weight is read once; with 16 rows matvec reads them twice.
+        "traffic": e.traffic > (2 if ", 16 x" in case.name else 1.001),
+    }
+    return {name for name, is_broken in broken.items() if is_broken}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_nothing_but_memory_holds_a_kernel_back(case: Case) -> None:
+    listed = {"on their way": FEW_ON_THEIR_WAY, "busy": UNBUSY}
+    assert shortfalls(case, estimate(case)) == {bound for bound, names in listed.items() if case.name in names}
+
+
+def test_four_bytes_at_a_time_are_seen_to_be_slow(tmp_path: Path) -> None:
+    """matvec as most write it first: a lane loads two numbers, uses them, and only then asks for more."""
+    text = (KERNELS / "matvec.cu").read_text(encoding="utf-8")
+    head, _, rest = text.partition("    for (int first")
+    end = rest.index("    constexpr int LANES")
+    loop = """
+    #pragma unroll 1
+    for (int i = 2 * lane; i < I; i += 64)
+        for (int j = 0; j < 2; j++) {
+            uint32_t w = *reinterpret_cast<const uint32_t*>(row(weight, o, O, I) + i);
+            uint32_t v = *reinterpret_cast<const uint32_t*>(row(x, n, N, I) + i);
+            sum[0] += to_float(reinterpret_cast<const T*>(&v)[j]) * to_float(reinterpret_cast<const T*>(&w)[j]);
+        }
+"""
+    (tmp_path / "matvec.cu").write_text(head + loop + rest[end:], encoding="utf-8")
+    case = replace(CASES[0], source=replace(CASES[0].source, folder=tmp_path), streamed=1 / 2)
+    assert "on their way" in shortfalls(case, estimate(case))
+
+
+def test_weights_read_twice_and_empty_rounds_are_seen() -> None:
+    good = estimate(CASES[0])
+    assert not shortfalls(CASES[0], good)
+    twice = replace(CASES[0], moved=2 * CASES[0].fewest)
+    assert shortfalls(twice, estimate(twice)) == {"traffic"}
+    uneven = replace(CASES[0], units=133)
+    assert shortfalls(uneven, estimate(uneven)) == {"busy"}
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "threads", "blocks"),
+    [(64, 0, 1024, 1), (32, 0, 1024, 2), (128, 0, 256, 2), (80, 12_544, 128, 6), (168, 34_816, 128, 3), (8, 0, 32, 32)],
+)
+def test_as_many_blocks_fit_as_the_occupancy_calculator_says(registers, shared, threads, blocks) -> None:
+    assert resident_blocks(registers, shared, threads) == blocks
+
+
+def test_copies_are_waited_for_by_groups() -> None:
+    """Two groups of two copies of 16 bytes, of which all but the last is waited for."""
+    names = [("LDGSTS.E.128", "[R1], [R2]")] * 2 + [("LDGDEPBAR", ""), ("DEPBAR.LE", "SB0, 0x1")]
+    body = tuple(static_performance.Instruction(16 * i, *name) for i, name in enumerate(names))
+    assert static_performance.on_the_way(body) == 64
+
+
+def test_the_table_of_the_notes_is_what_is_compiled() -> None:
+    if not static_performance.PAGE.is_file():
+        pytest.skip("there is no gpu/ beside tests/")
+    written = static_performance.shown() == static_performance.table()
+    assert written, "python tests/static_performance.py writes it anew"
+
+
+def test_every_case_names_a_kernel_that_exists() -> None:
+    for case in CASES:
+        assert isinstance(case.source, Source)
+        assert case.kernel in case.source.kernels
