@@ -18,7 +18,7 @@ TEXT = README.read_text(encoding="utf-8") if README.is_file() else ""
 # Run elsewhere, and why; a command that is in neither place fails a test below.
 BY_CI = [
     'pip install -e . && python examples/generate.py --prompt "Once upon a time"',
-    'pip install -e ".[test]" && pytest',
+    'pip install -e ".[test]" && pytest -n auto',
 ]
 NEEDS_A_DOWNLOAD = [
     'python examples/generate.py --model pythia-160m --prompt "The capital of France is"',
