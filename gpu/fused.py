@@ -39,6 +39,7 @@ def fused_qkv(
     keys: Array,
     values: Array,
     taken: Array,
+    *,
     blocks: int | None = None,
 ) -> None:
     """Norm, product with query_key_value, bias and rotation of N positions; their keys and values are appended.
@@ -83,6 +84,7 @@ def fused_mlp(
     z: Array,
     arrived: Array,
     taken: Array,
+    *,
     blocks: int | None = None,
 ) -> None:
     """The MLP up to its activation, and attention beside it.
@@ -123,6 +125,7 @@ def fused_output(
     down_bias: Array,
     x: Array,
     taken: Array,
+    *,
     blocks: int | None = None,
 ) -> None:
     """x += z dense^T + activated down^T + biases: (N,C), (C,C), (C) or None, (N,F), (C,F), (C) -> float32 (N,C).

@@ -6,6 +6,8 @@ What differs from there:
     texts of any lengths go through the model together, and nothing is computed for padding.
   - A product leaves its sums in float32, without the bias: whichever kernel reads them next adds it.
 
+This is the readable form, and that of prompts. A step of few texts takes three launches a layer (decode.py, fused.py).
+
 Weights, normed rows, queries, keys, values and activations are of one dtype, float32, float16 or bfloat16. The residual
 stream, sums, scores, softmax, statistics and logits are float32 whatever that is.
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 from devices import ROUNDING, all_devices, devices
@@ -51,7 +49,7 @@ def check_output(
     stream = device.array(x)
     a, w, b, c, v, d = (device.array(array) for array in (z, dense, dense_bias, activated, down, down_bias))
     taken = device.zeros(1, "uint32")
-    fused.fused_output(a, w, b if biased else None, c, v, d, stream, taken, blocks)
+    fused.fused_output(a, w, b if biased else None, c, v, d, stream, taken, blocks=blocks)
 
     factors = wide(z, dense, activated, down)
     terms = wide(x, down_bias, dense_bias * biased)
@@ -119,7 +117,7 @@ def check_qkv(
         q, keys, values = device.empty((N, C), dtype), *(empty_cache(device, dtype, 3, H, S, D) for _ in range(2))
         rest = (cos, sin, texts, positions, q, keys, values)
         if fuse:
-            fused.fused_qkv(x, gain, shift, EPS, weight, given, *rest, taken, blocks)
+            fused.fused_qkv(x, gain, shift, EPS, weight, given, *rest, taken, blocks=blocks)
         else:
             row, qkv = device.empty((N, C), dtype), device.empty((N, 3 * C), "float32")
             ops.layer_norm(x, gain, shift, EPS, row)
@@ -144,8 +142,7 @@ HEADS = st.sampled_from(((24, 6), (96, 24), (16, 4), (80, 20), (64, 64), (8, 2))
 def test_queries_keys_and_values_are_those_of_the_plain_kernels(
     device, N, H, head, dtype, blocks, biased, seed
 ) -> None:
-    D, R = head
-    check_qkv(device, N, H, D, R, dtype, blocks, biased, 9, seed)
+    check_qkv(device, N, H, head[0], head[1], dtype, blocks, biased, 9, seed)
 
 
 def test_positions_over_1000() -> None:
@@ -169,25 +166,23 @@ def check_mlp(
     rng, C, N, S = np.random.default_rng(seed), H * D, len(lengths), max(lengths) + 2
     x, gain, shift = map(device.array, normed(rng, dtype, N, C))
     up, bias = device.array(numbers(rng, dtype, F, C, scale=C**-0.5)), device.array(numbers(rng, dtype, F, scale=0.3))
-    q = numbers(rng, dtype, N, C)
-    keys, values = (numbers(rng, dtype, N + 1, H, S, D) for _ in range(2))
+    q, keys, values = numbers(rng, dtype, N, C), *(numbers(rng, dtype, N + 1, H, S, D) for _ in range(2))
     texts, positions = np.arange(N, 0, -1, dtype=np.int32), np.array(lengths, np.int32) - 1
     for t, p in zip(texts, positions, strict=True):
         keys[t, :, p + 1 :] = values[t, :, p + 1 :] = np.nan
-    over: Any = [device.array(a) for a in (q, keys, values, texts, positions)]
+    queries, k, v = (device.array(a) for a in (q, keys, values))
+    over = queries, k, v, device.array(texts), device.array(positions)
     partial = device.empty((N, H, splits, D + 2), "float32")
-    activated, z, row = (device.empty(shape, dtype) for shape in ((N, F), (N, C), (N, C)))
+    activated, plain_activated = (device.empty((N, F), dtype) for _ in range(2))
+    z, plain_z, row = (device.empty((N, C), dtype) for _ in range(3))
     hidden = device.empty((N, F), "float32")
-    plain_activated, plain_z = (device.empty(shape, dtype) for shape in ((N, F), (N, C)))
     arrived, taken = device.zeros((N, H), "uint32"), device.zeros(2, "uint32")
-    streams: Any = (x, gain, shift, EPS, up, bias, activation, activated)
-    everything: Any = (*streams, *over, partial, z, arrived, taken, blocks)
-    fused.fused_mlp(*everything)
+    streams = (x, gain, shift, EPS, up, bias, activation, activated)
+    fused.fused_mlp(*streams, *over, partial, z, arrived, taken, blocks=blocks)
     ops.layer_norm(x, gain, shift, EPS, row)
     ops.product_naive(row, up, hidden)
     ops.bias_gelu(hidden, bias, activation, plain_activated)
-    over = (*over, plain_z)
-    ops.attention_decode_naive(*over)
+    ops.attention_decode_naive(*over, plain_z)
     # The slope of both activations is below 1.2.
     floor = 1.2 * sum_floor(C, np.abs(row.get().astype(np.float64)).max())
     assert_near(activated.get(), plain_activated.get(), dtype, floor)
@@ -220,7 +215,7 @@ def test_sixteen_texts() -> None:
 def test_shapes_and_dtypes_of_the_output_are_checked() -> None:
     device = all_devices()[0]
     empty = device.empty
-    right: dict[str, Any] = {
+    right: dict[str, Array] = {
         "z": empty((3, 24), "float16"), "dense": empty((24, 24), "float16"), "dense_bias": empty(24, "float16"),
         "activated": empty((3, 40), "float16"), "down": empty((24, 40), "float16"), "down_bias": empty(24, "float16"),
         "x": device.zeros((3, 24), "float32"), "taken": device.zeros(1, "uint32"),
@@ -235,7 +230,7 @@ def test_shapes_and_dtypes_of_the_output_are_checked() -> None:
             fused.fused_output(*(right | {name: wrong}).values())
 
 
-def output_arrays(device: Device, N: int, C: int, F: int, dtype: str) -> list[Any]:
+def output_arrays(device: Device, N: int, C: int, F: int, dtype: str) -> list[Array]:
     shapes = (N, C), (C, C), (C,), (N, F), (C, F), (C,)
     return [
         *(device.empty(shape, dtype) for shape in shapes),
