@@ -3,9 +3,9 @@
     python examples/benchmark.py --backend gpu --peer
     python examples/benchmark.py --backend gpu --device host --dry-run --peer
 
-torch is lent the memory of the weights that were drawn on the device (by DLPack): there is one copy of them. transformers
-decodes as it is called by most, eagerly with a cache that grows, and as fast as it knows how, with a static cache under
-torch.compile, whose compilation is not counted. All are timed by the host's clock from the first step until the last
+torch is lent the memory of the weights that were drawn on the device (by DLPack): there is one copy of them.
+transformers decodes as it is called by most, eagerly with a cache that grows, and as fast as it knows how, with a
+static cache under torch.compile, whose compilation is not counted. All are timed by the host's clock until the last
 token is in the host's memory, alternating, so that what disturbs the card disturbs all of them.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 from benchmark_gpu import Plan, drawn_model, place, plan_of, prompt_of
 from tqdm import tqdm
 
-from neox.gpu.decode import GreedyDecoder, new_cache, new_step, prefill, run_step
+from neox.gpu.decode import new_cache, new_step, prefill, run_step
 from neox.gpu.device import open_device
 from neox.gpu.model import Model
 from neox.reference.checkpoint.tensors import EMBED_OUT, named_tensors
@@ -173,7 +173,7 @@ def table(comparisons: list[Comparison]) -> str:
 
 
 def benchmark(args: argparse.Namespace, shapes: dict[str, Config]) -> list[dict[str, Any]]:
-    """What `--backend gpu --peer` does with its flags. "same": how many of the two chose our tokens after four steps."""
+    """What `--backend gpu --peer` does with its flags. "same": how many of the two chose our tokens."""
     import_peer()
     plan: Plan = plan_of(args, shapes)
     model = drawn_model(open_device(args.device), plan)

@@ -238,6 +238,26 @@ class Device(ABC):
         self._refuse("a look at the clock")
         return self._seconds(start, end)
 
+    def wait(self, mark: Any) -> None:
+        """Until everything asked for before the mark has run."""
+        self._refuse("a wait")
+        self._wait(mark)
+
+    def staging(self, size: int) -> NDArray[np.uint8]:
+        """Host memory of this many bytes, from which the device can copy by itself."""
+        self._refuse("an allocation")
+        return self._staging(size)
+
+    def copy_later(self, target: Array, values: NDArray) -> None:
+        """Copy from a part of staging memory, which must not change before a mark that follows has passed.
+
+        ValueError on another shape or dtype, CaptureError during capture.
+        """
+        self._refuse("a copy from the host")
+        if values.shape != target.shape or values.dtype != target.dtype:
+            raise ValueError(f"{values.dtype} {values.shape} cannot be copied to {target.dtype} {target.shape}")
+        self._copy_later(target, values)
+
     def free_memory(self) -> int:
         """Bytes that can still be allocated."""
         self._refuse("a look at the memory")
@@ -297,6 +317,15 @@ class Device(ABC):
 
     @abstractmethod
     def _seconds(self, start: Any, end: Any) -> float: ...
+
+    @abstractmethod
+    def _wait(self, mark: Any) -> None: ...
+
+    @abstractmethod
+    def _staging(self, size: int) -> NDArray[np.uint8]: ...
+
+    @abstractmethod
+    def _copy_later(self, target: Array, values: NDArray) -> None: ...
 
     @abstractmethod
     def _values(self, array: Array) -> Any: ...
@@ -435,6 +464,15 @@ class HostDevice(Device):
     def _seconds(self, start: float, end: float) -> float:
         return end - start
 
+    def _wait(self, mark: float) -> None:
+        """Everything has run by then."""
+
+    def _staging(self, size: int) -> NDArray[np.uint8]:
+        return np.empty(size, np.uint8)
+
+    def _copy_later(self, target: Array, values: NDArray) -> None:
+        self._values(target)[...] = values
+
 
 @dataclass(eq=False)
 class CudaDevice(Device):
@@ -541,6 +579,17 @@ class CudaDevice(Device):
     def _seconds(self, start: Any, end: Any) -> float:
         end.synchronize()
         return float(self._cupy.cuda.get_elapsed_time(start, end)) / 1000
+
+    def _wait(self, mark: Any) -> None:
+        mark.synchronize()
+
+    def _staging(self, size: int) -> NDArray[np.uint8]:
+        return np.frombuffer(self._cupy.cuda.alloc_pinned_memory(size), np.uint8, size)
+
+    def _copy_later(self, target: Array, values: NDArray) -> None:
+        runtime = self._cupy.cuda.runtime
+        source, kind = values.ctypes.data, runtime.memcpyHostToDevice
+        runtime.memcpyAsync(target.address, source, target.nbytes, kind, self._stream.ptr)
 
     def _values(self, array: Array) -> Any:
         return self._bytes(array).view(array.dtype).reshape(array.shape)

@@ -1,9 +1,13 @@
-"""Weights onto a device, tensor by tensor, from a checkpoint that stays on disk or from a model of the reference."""
+"""Weights onto a device, piece by piece, from a checkpoint that stays on disk or from a model of the reference."""
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +20,12 @@ from neox.gpu.model import MLP, Attention, Layer, LayerNorm, Linear, Model, Para
 from neox.gpu.ops import TYPES
 from neox.reference import model as reference
 from neox.reference.checkpoint.hub import find
-from neox.reference.checkpoint.load import is_finite
-from neox.reference.checkpoint.load import load as load_reference
+from neox.reference.checkpoint.load import is_finite, open_model
+from neox.reference.checkpoint.tensors import build_params, named_tensors, tensor_table
 from neox.reference.config import GPT_NEOX_20B, PYTHIA, Config, parameter_count, read_config
 from neox.reference.errors import InputError
 
-Put = Callable[[NDArray], Array]
+Put = Callable[[Any], Array]
 
 PUBLISHED = {f"pythia-{size}": config for size, config in PYTHIA.items()} | {"gpt-neox-20b": GPT_NEOX_20B}
 
@@ -57,18 +61,64 @@ def require_kernels(config: Config) -> None:
             raise InputError(f"the kernels need a {name} that is a multiple of 8, not {getattr(config, name)}")
 
 
-# Tensor by tensor.
+# Piece by piece: some threads read, convert and check, into memory from which the device copies by itself, while what
+# others have read before is on its way. Only the thread that was called speaks with the device.
+
+READERS = min(8, os.cpu_count() or 1)
+PIECE = 16 << 20  # numbers
 
 
-def _converter(device: Device, dtype: np.dtype) -> Put:
-    def put(array: NDArray) -> Array:
-        with np.errstate(over="ignore"):
-            converted = np.asarray(array.astype(dtype, copy=False))
-        if not is_finite(converted):
-            raise InputError(f"some weights are too large for {dtype}: load the model as bfloat16 or float32")
-        return device.array(converted)
+@dataclass(frozen=True)
+class Source:
+    """A tensor's numbers, read when they are used, and what a message calls it."""
 
-    return put
+    values: NDArray
+    name: str
+
+
+def _fill(source: Source, start: int, out: NDArray) -> None:
+    """The numbers from `start` on, rounded to the dtype of `out`. InputError if they cannot be."""
+    part = source.values.reshape(-1)[start : start + out.size]
+    with np.errstate(over="ignore"):
+        np.copyto(out, part, casting="unsafe")
+    if not is_finite(out):
+        if not is_finite(part):
+            raise InputError(f"{source.name} holds values that are not finite")
+        raise InputError(f"some weights are too large for {out.dtype}: load the model as bfloat16 or float32")
+
+
+def _upload(sources: Sequence[Source], targets: Sequence[Array], device: Device) -> None:
+    """InputError of the first piece that cannot be read or rounded; what comes after it is not read."""
+    pieces = [(s, t, at) for s, t in zip(sources, targets, strict=True) for at in range(0, t.size, PIECE)]
+    itemsize = targets[0].dtype.itemsize
+    largest = itemsize * min(PIECE, max(t.size for t in targets))
+    free = deque((device.staging(largest), device.mark()) for _ in range(min(READERS + 2, len(pieces))))
+    pending: deque[tuple[Future[None], Array, NDArray, NDArray]] = deque()
+    readers = ThreadPoolExecutor(READERS)
+
+    def send(bar: tqdm) -> None:
+        future, target, values, buffer = pending.popleft()
+        future.result()
+        device.copy_later(target, values)
+        free.append((buffer, device.mark()))
+        bar.update(values.size)
+
+    try:
+        total = sum(target.size for target in targets)
+        with tqdm(total=total, desc="to the device", unit="weights", unit_scale=True, disable=None) as bar:
+            for source, whole, start in pieces:
+                if not free:
+                    send(bar)
+                buffer, used = free.popleft()
+                device.wait(used)
+                target = whole.reshape(whole.size)[start : start + PIECE]
+                values = buffer[: target.nbytes].view(target.dtype)
+                pending.append((readers.submit(_fill, source, start, values), target, values, buffer))
+            while pending:
+                send(bar)
+    finally:
+        readers.shutdown(cancel_futures=True)
+        device.synchronize()  # no copy is still to be made from the buffers
 
 
 def _linear(p: reference.Linear, put: Put) -> Linear:
@@ -88,7 +138,7 @@ def _layer(p: reference.Layer, put: Put) -> Layer:
     )
 
 
-def arranged(params: reference.Params, put: Callable[[Any], Array]) -> Params:
+def arranged(params: reference.Params, put: Put) -> Params:
     """The parameters in the same order, each once as `put` makes it. A tied head is the embedding itself."""
     embed_in = put(params.embed_in)
     layers = tuple(_layer(p, put) for p in params.layers)
@@ -96,23 +146,21 @@ def arranged(params: reference.Params, put: Callable[[Any], Array]) -> Params:
     return Params(embed_in, layers, final, embed_in if params.embed_out is params.embed_in else put(params.embed_out))
 
 
+def _to_device(config: Config, sources: dict[str, Source], device: Device, dtype: str) -> Model:
+    kind = dtype_named(dtype)
+    arrays = {name: device.empty(spec.shape, kind) for name, spec in tensor_table(config).items()}
+    _upload([sources[name] for name in arrays], list(arrays.values()), device)
+    named: Any = build_params(config, lambda spec: spec)  # type: ignore[arg-type, return-value]
+    return Model(config, arranged(named, lambda spec: arrays[spec.name]), *rotary_arrays(config, device))
+
+
 def to_device(model: reference.Model, device: Device, dtype: str = "float16") -> Model:
     """A model of the reference, its weights rounded to dtype. InputError if they cannot be, or no kernel takes them."""
     if dtype not in TYPES:
         raise InputError(f"dtype must be one of {', '.join(TYPES)}, not {dtype!r}")
-    config, params, kind = model.config, model.params, dtype_named(dtype)
-    require_kernels(config)
-    convert = _converter(device, kind)
-    with tqdm(
-        total=parameter_count(config), desc="to the device", unit="weights", unit_scale=True, disable=None
-    ) as bar:
-
-        def put(array: NDArray) -> Array:
-            bar.update(array.size)
-            return convert(array)
-
-        on_device = arranged(params, put)
-    return Model(config, on_device, *rotary_arrays(config, device))
+    require_kernels(model.config)
+    tensors = named_tensors(model.config, model.params)
+    return _to_device(model.config, {name: Source(array, name) for name, array in tensors.items()}, device, dtype)
 
 
 def load(
@@ -133,4 +181,7 @@ def load(
     opened = open_device(device) if isinstance(device, str) else device
     folder = find(path, revision)
     require_memory(read_config(folder), dtype_named(dtype), opened)
-    return to_device(load_reference(folder, weights="stored", **overrides), opened, dtype)
+    stored = open_model(folder, **overrides)
+    require_kernels(stored.config)
+    sources = {name: Source(tensor.read(), f"{tensor.path}: {name}") for name, tensor in stored.tensors.items()}
+    return _to_device(stored.config, sources, opened, dtype)

@@ -3,8 +3,8 @@
 `python tests/static_performance.py` writes the table in gpu/NOTES.md. Needs NVRTC and nvdisasm, of the extra `nvrtc`.
 
 A kernel that streams over weights, or keys and values, is as fast as memory if enough bytes are on their way at any
-moment, if the instructions for each number do not take longer than the number, and if every multiprocessor has something
-to do until the end. All three are counted in the loop that loads most. A new kernel is a line in CASES.
+moment, if the instructions for each number do not take longer than the number, and if every multiprocessor has
+something to do until the end. All three are counted in the loop that loads most. A new kernel is a line in CASES.
 """
 
 from __future__ import annotations

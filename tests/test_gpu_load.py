@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import threading
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +14,15 @@ from gpu_models import SMALL, drawn, rounded
 
 import neox.gpu as gpu
 import neox.reference as reference
-from neox.gpu.device import HostDevice
+from neox.gpu.device import Array, HostDevice
 from neox.gpu.load import require_memory
 from neox.reference import GPT_NEOX_20B, PYTHIA, Config, InputError, parameter_count, shipped
+from neox.reference.checkpoint.save import model_files, write_folder
+from neox.reference.checkpoint.tensors import named_tensors
 from neox.reference.config import read_config
+from neox.reference.random_weights import random_model
+
+loading = sys.modules["neox.gpu.load"]  # neox.gpu.load is the function
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -49,8 +56,7 @@ def test_overrides_and_the_device_by_name() -> None:
 
 
 def test_the_memory_needed_is_said_before_anything_is_read(capsys, monkeypatch) -> None:
-    module = sys.modules["neox.gpu.load"]  # neox.gpu.load is the function
-    monkeypatch.setattr(module, "load_reference", lambda *_, **__: sys.exit("read"))
+    monkeypatch.setattr(loading, "open_model", lambda *_, **__: sys.exit("read"))
     monkeypatch.setattr(all_devices()[0], "_free_memory", lambda: 24_000_000_000)
     with pytest.raises(SystemExit, match="read"):
         gpu.load(shipped.path(), device=all_devices()[0])
@@ -103,3 +109,93 @@ def test_weights_too_large_for_float16_are_refused() -> None:
     with pytest.raises(InputError, match="too large for float16: load the model as bfloat16"):
         gpu.to_device(large, all_devices()[0], "float16")
     gpu.to_device(large, all_devices()[0], "bfloat16")
+
+
+# Readers.
+
+
+class LateDevice(HostDevice):
+    """Copies from staging memory as late as a card may: when a mark after them is waited for."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.late: list[tuple[Array, np.ndarray]] = []
+        self.done = 0
+
+    def _copy_later(self, target: Array, values: np.ndarray) -> None:
+        self.late.append((target, values))
+
+    def _mark(self) -> int:
+        return len(self.late)
+
+    def _wait(self, mark: float) -> None:
+        for target, values in self.late[self.done : int(mark)]:
+            super()._copy_later(target, values)
+        self.done = max(self.done, int(mark))
+
+    def _synchronize(self) -> None:
+        self._wait(len(self.late))
+
+
+@pytest.mark.parametrize(("piece", "readers"), [(7, 3), (61 * 48, 1), (1 << 20, 8)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_byte_arrives_whatever_the_pieces_and_however_late(monkeypatch, piece, readers, dtype) -> None:
+    monkeypatch.setattr(loading, "PIECE", piece)
+    monkeypatch.setattr(loading, "READERS", readers)
+    source = drawn(SMALL, 3, "float32")
+    model = gpu.to_device(source, LateDevice(), dtype)
+    ours: dict[str, Any] = named_tensors(SMALL, model.params)  # type: ignore[arg-type]
+    theirs = named_tensors(SMALL, source.params)
+    assert list(ours) == list(theirs)
+    for name, array in theirs.items():
+        assert np.array_equal(ours[name].get().astype(np.float32), rounded(array, dtype)), name
+
+
+def test_readers_work_at_the_same_time(monkeypatch) -> None:
+    """Each of the first two waits until the other has begun."""
+    both, fill = threading.Barrier(2), loading._fill
+    monkeypatch.setattr(loading, "READERS", 2)
+
+    def together(source, start, out) -> None:
+        if source.name.endswith(("embed_in.weight", "layers.0.input_layernorm.weight")):
+            both.wait(timeout=30)
+        fill(source, start, out)
+
+    monkeypatch.setattr(loading, "_fill", together)
+    gpu.to_device(drawn(SMALL, 0, "float32"), HostDevice(), "float32")
+
+
+def test_one_reader_that_fails_ends_all_with_one_line(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(loading, "PIECE", 100)
+    model = random_model(SMALL)
+    model.params.layers[1].mlp.dense_4h_to_h.weight[3, 5] = np.nan
+    folder = tmp_path / "model"
+    write_folder(folder, model_files(model, "float32", b"{}"))
+    before = threading.active_count()
+    with pytest.raises(
+        InputError, match=r"layers.1.mlp.dense_4h_to_h.weight holds values that are not finite"
+    ) as caught:
+        gpu.load(folder, "float16", LateDevice())
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert threading.active_count() == before
+
+
+def test_what_comes_after_a_failure_is_not_read(monkeypatch) -> None:
+    monkeypatch.setattr(loading, "READERS", 1)
+    read: list[str] = []
+
+    def fails(source, start, out) -> None:
+        read.append(source.name)
+        raise InputError("the disk is gone")
+
+    monkeypatch.setattr(loading, "_fill", fails)
+    with pytest.raises(InputError, match="the disk is gone"):
+        gpu.to_device(drawn(SMALL, 0, "float32"), HostDevice(), "float32")
+    assert len(read) <= 4  # as many as there are buffers, of dozens
+
+
+def test_staging_of_another_shape_is_refused() -> None:
+    device = all_devices()[0]
+    with pytest.raises(ValueError, match="cannot be copied to"):
+        device.copy_later(device.empty(3, "float32"), device.staging(16).view("float32"))
