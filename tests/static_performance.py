@@ -47,6 +47,7 @@ class Case:
     streamed: float  # share of its loads that are of what is streamed: the rest are of x, from the caches
     fewest: int  # bytes that any kernel must move
     moved: int  # bytes that this one asks of memory
+    dynamic: int = 0  # bytes of shared memory that the launch adds
 
 
 C, F, H, D = 6144, 24576, 64, 96
@@ -78,12 +79,24 @@ def tiled(texts: int, outputs: int, inputs: int) -> Case:
     return Case(name, ops.GEMM, kernel, ops.GEMM_THREADS, columns, columns, 1 / 2, fewest, fewest)
 
 
-def output(texts: int) -> Case:
-    units, rows = C // fused.UNIT, 8 if texts <= 8 else 16
-    fewest = 2 * C * (C + F) + texts * (2 * (C + F) + 8 * C)
-    kernel, grid = f"fused_output<{T}, {rows}>", min(fused.BLOCKS, units)
-    share = 2 / (2 + rows // 8)  # two tiles of weights for each eight rows
-    return Case(f"fused_output, {texts}", ops.FUSED_OUTPUT, kernel, fused.THREADS, grid, units, share, fewest, fewest)
+def fused_stream(name: str, source: Source, kernel: str, texts: int, outputs: int, inputs: int, beside: int) -> Case:
+    """beside: bytes of what is no weight. Rows of x are in shared memory, but for those of fused_output."""
+    rows = next(rows for rows in ops.FUSED_ROWS if rows >= texts)
+    dynamic, share = (0, 2 / (2 + rows // 8)) if source is ops.FUSED_OUTPUT else (2 * texts * (inputs + 32), 1)
+    units, fewest = outputs // fused.UNIT, 2 * outputs * inputs + beside
+    grid = min(fused.TOGETHER * PROCESSORS, units)
+    kernel = f"{name}<{T}, {kernel}{rows}>"
+    return Case(f"{name}, {texts}", source, kernel, fused.THREADS, grid, units, share, fewest, fewest, dynamic)
+
+
+def fused_step(texts: int, context: int = 128) -> list[Case]:
+    """The three launches of a layer."""
+    keys = texts * 4 * C * context
+    return [
+        fused_stream("fused_qkv", ops.FUSED_QKV, "", texts, 3 * C, C, 10 * texts * C),
+        fused_stream("fused_mlp", ops.FUSED_MLP, f"GeluFast, {D}, ", texts, F, C, keys + texts * 2 * (3 * C + F)),
+        fused_stream("fused_output", ops.FUSED_OUTPUT, "", texts, C, C + F, texts * (2 * (C + F) + 8 * C)),
+    ]
 
 
 def attention(texts: int, context: int) -> Case:
@@ -98,7 +111,7 @@ CASES = [
     *(skinny(rows, 3 * C, C, rows) for rows in (1, 2, 4, 8)),
     *(skinny(1, F, C, 1), skinny(1, C, C, 1), skinny(1, C, F, 1), skinny(1, 50432, C, 1), skinny(8, 3 * C, C, 16)),
     *(tiled(32, 3 * C, C), tiled(64, 3 * C, C), tiled(64, C, F)),
-    *(output(1), output(16)),
+    *(*fused_step(1), *fused_step(8), *fused_step(16)),
     *(attention(1, 128), attention(1, 2048), attention(32, 1024)),
 ]
 
@@ -230,7 +243,7 @@ def resident_blocks(registers: int, shared: int, threads: int) -> int:
 def estimate(case: Case) -> Estimate:
     taken = usage(replace(case.source, kernels=(case.kernel,)), "90")[case.kernel]
     body = main_loop(machine_code(case.source, case.kernel))
-    resident = resident_blocks(taken.registers, taken.shared_bytes, case.block)
+    resident = resident_blocks(taken.registers, taken.shared_bytes + case.dynamic, case.block)
     there = min(resident, case.grid / PROCESSORS)
     streamed = sum(map(loaded_bytes, body)) * case.streamed
     waiting = on_the_way(body)  # of both kinds: rows of x come one by one after what is streamed, or in the same group
