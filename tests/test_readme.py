@@ -33,6 +33,7 @@ IN_ANOTHER_TEST = {
     'python examples/generate.py --tensor-parallel 4 --prompt "Once upon a time"': "test_launch.py",
     'mpiexec -n 4 python examples/generate.py --tensor-parallel --prompt "Once upon a time"': "test_launch.py",
     "python examples/random_checkpoint.py gpt-neox-20b drawn --layers 2 --to neox --ranks 2": "test_convert.py",
+    "python examples/benchmark.py --backend gpu --device host --dry-run": "test_benchmark_gpu.py",
     "python examples/evaluate.py --tasks local_arithmetic --metadata form=short": "test_evaluate.py",
     "python examples/serve.py --port 8080": "test_serve.py",
     "python examples/train.py path/to/texts --out run --steps 2000": "test_train.py",
