@@ -19,7 +19,7 @@ def lines_of(outcome: Outcome) -> list[dict]:
 
 
 def test_the_program_writes_what_the_reference_writes(capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["--prompt", "There was once a", "-n", "20"]
+    argv = ["--prompt", "Once upon a time", "-n", "20"]
     outcome = in_process([*argv, *GPU], b"", capsys)
     assert outcome.status == 0, outcome.stderr
     assert outcome.stdout == in_process(argv, b"", capsys).stdout

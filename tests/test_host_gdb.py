@@ -27,7 +27,7 @@ def test_the_session_of_the_page_stops_at_its_thread(tmp_path: Path) -> None:
     command = ["gdb", "-q", "-batch", *options, "--args", sys.executable, str(tmp_path / "norm.py")]
     said = subprocess.run(command, capture_output=True, text=True).stdout
     assert "hit Breakpoint 1" in said, said
-    shown = re.findall(r"^(?:\$\d+ = |56\t).*$", page, re.M)
+    shown = re.findall(r"^(?:\$\d+ = |\d+\t).*$", page, re.M)
     assert len(shown) == 4
     for line in shown:  # addresses differ from run to run
         assert re.sub(r"0x\w+", "", line) in re.sub(r"0x\w+", "", said), said
