@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from devices import ROUNDING, all_devices, devices
@@ -228,6 +230,46 @@ def test_shapes_and_dtypes_of_the_output_are_checked() -> None:
     ]:  # fmt: skip
         with pytest.raises(ValueError, match="must be"):
             fused.fused_output(*(right | {name: wrong}).values())
+
+
+def arrays(device: Device, shapes: dict[str, tuple[tuple[int, ...], str]]) -> dict[str, Any]:
+    return {name: device.zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
+
+
+HALF, WHOLE, NUMBER = "float16", "float32", "int32"
+CACHED = {  # of 3 texts of 9 positions and 2 heads of 24 dims; 3 rows
+    "texts": ((3,), NUMBER), "positions": ((3,), NUMBER), "q": ((3, 48), HALF), "keys": ((3, 2, 9, 24), HALF),
+    "values": ((3, 2, 9, 24), HALF),
+}  # fmt: skip
+NORMED = {"x": ((3, 48), WHOLE), "gain": ((48,), HALF), "shift": ((48,), HALF)}
+QKV = NORMED | CACHED | {
+    "weight": ((144, 48), HALF), "bias": ((144,), HALF), "cos": ((9, 3), WHOLE), "sin": ((9, 3), WHOLE),
+    "taken": ((1,), "uint32"),
+}  # fmt: skip
+MLP = NORMED | CACHED | {
+    "up": ((40, 48), HALF), "up_bias": ((40,), HALF), "activated": ((3, 40), HALF), "partial": ((3, 2, 2, 26), WHOLE),
+    "z": ((3, 48), HALF), "arrived": ((3, 2), "uint32"), "taken": ((2,), "uint32"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("launch", "shapes", "fixed"),
+    [(fused.fused_qkv, QKV, {"eps": EPS}), (fused.fused_mlp, MLP, {"eps": EPS, "activation": "gelu"})],
+    ids=["qkv", "mlp"],
+)
+def test_a_wrong_shape_or_dtype_is_refused(
+    launch: Any, shapes: dict[str, tuple[tuple[int, ...], str]], fixed: dict[str, Any]
+) -> None:
+    """Each array by itself: one row more, and another dtype."""
+    device = all_devices()[0]
+    launch(**arrays(device, shapes), **fixed)
+    for name, (shape, dtype) in shapes.items():
+        longer, other = (shape[0] + 1, *shape[1:]), "float64" if dtype == WHOLE else WHOLE
+        for wrong in ((longer, dtype), (shape, other)):
+            if name in ("keys", "values") and wrong[0] == longer:
+                continue  # of one text more; that both have as many is seen by their own check
+            with pytest.raises(ValueError, match=r"must be|16 bits|texts|not "):
+                launch(**arrays(device, shapes | {name: wrong}), **fixed)
 
 
 def output_arrays(device: Device, N: int, C: int, F: int, dtype: str) -> list[Array]:
