@@ -534,7 +534,7 @@ MUTANTS = [
         ("__syncthreads();  // all know", "// all know"),
         ("split = job / a.heads", "split = 0"),
         ("job >= jobs", "job >= jobs - 1"),
-        ("jobs + gridDim.x - 1", "jobs - 1"),
+        ("jobs + gridDim.x - 1", "jobs + gridDim.x"),
         ("if (first) attend_jobs", "attend_jobs"),
         ("if (!first) attend_jobs", "if (false) attend_jobs"),
         ("N * H * splits, taken + 1", "N * H * splits, taken"),
