@@ -21,10 +21,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+from neox.distributed.backends import AnyShard, decoder_of
 from neox.distributed.candidates import Selection, decided, select, selection_for, spread
 from neox.distributed.comm import Communicator
-from neox.distributed.decode import RankDecoder, ShardDecoder
-from neox.distributed.model import Shard
+from neox.distributed.decode import RankDecoder
 from neox.distributed.sharding import share
 from neox.reference.config import Config
 from neox.reference.generate import Request, one_sequence, stream
@@ -157,7 +157,7 @@ def follow(decoder: RankDecoder, comm: Communicator) -> Iterator[tuple[int, ...]
 
 
 def generate(
-    shard: Shard,
+    shard: AnyShard,
     ids: ArrayLike,
     max_tokens: int = 100,
     temperature: float = 0.0,
@@ -176,12 +176,12 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     request = Request(one_sequence(ids).tolist(), max_tokens, sampling, ignore_eos=ignore_eos)
     if shard.comm.rank:
-        return (index for (index,) in follow(ShardDecoder(shard), shard.comm))
+        return (index for (index,) in follow(decoder_of(shard), shard.comm))
     return _lead(shard, request, tokenizer)
 
 
-def _lead(shard: Shard, request: Request, tokenizer: Tokenizer | None) -> Iterator[int]:
-    with Leader(ShardDecoder(shard), shard.comm, [request], tokenizer) as leader:
+def _lead(shard: AnyShard, request: Request, tokenizer: Tokenizer | None) -> Iterator[int]:
+    with Leader(decoder_of(shard), shard.comm, [request], tokenizer) as leader:
         for piece in stream(leader, [request], tokenizer):
             leader.last = (piece.id,)
             yield piece.id

@@ -57,8 +57,8 @@ class Cache:
 def new_cache(model: Model, batch: int, capacity: int) -> Cache:
     """InputError if the device has not enough memory for `batch` texts of up to `capacity` positions."""
     config, device = model.config, model.device
-    shape = (config.num_hidden_layers, batch, config.num_attention_heads, capacity, config.head_dim)
-    position = 2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize  # bytes of one
+    shape = (config.num_hidden_layers, batch, model.heads, capacity, config.head_dim)
+    position = 2 * config.num_hidden_layers * model.heads * config.head_dim * model.dtype.itemsize  # bytes of one
     needed, free = batch * capacity * position, device.free_memory()
     if needed > free:
         raise InputError(
@@ -89,7 +89,7 @@ class Step:
 
 def new_step(model: Model, batch: int, capacity: int) -> Step:
     config, empty = model.config, model.device.empty
-    H, D = config.num_attention_heads, config.head_dim
+    H, D = model.heads, config.head_dim
     splits = max(1, min(BLOCKS // (batch * H), capacity // SMALLEST_SHARE))
     return Step(
         ids=empty(batch, np.int32),
@@ -98,7 +98,7 @@ def new_step(model: Model, batch: int, capacity: int) -> Step:
         partial=empty((batch, H, splits, D + 2), np.float32),
         arrived=model.device.zeros((batch, H), np.uint32),
         taken=model.device.zeros(2, np.uint32),
-        logits=empty((batch, config.vocab_size), np.float32),
+        logits=empty((batch, model.rows_of_head), np.float32),
     )
 
 
@@ -148,16 +148,32 @@ def step_through_layers(model: Model, cache: Cache, step: Step) -> None:
         fused_layer(p, model, cache.of_layer(i), step)
 
 
-def run_step(model: Model, cache: Cache, step: Step, allowed: Array | None) -> None:
+@dataclass(frozen=True)
+class Ways:
+    """How positions go through the layers; a rank's are those of distributed/device.py."""
+
+    prompts: Callable[[Model, Cache, Array, Place, Workspace, Mix], None] = through_layers
+    step: Callable[[Model, Cache, Step], None] = step_through_layers
+    captured: bool = True  # whether a graph can hold a step
+
+
+WHOLE = Ways()
+
+
+def run_step(model: Model, cache: Cache, step: Step, allowed: Array | None, ways: Ways = WHOLE) -> None:
     """Append one id to each text: its logits, the likeliest id to follow in place of the id, the next position."""
-    step_through_layers(model, cache, step)
+    ways.step(model, cache, step)
     unembed(model, step.work.x, step.work.normed, step.logits)
     ops.argmax(step.logits, allowed, step.ids)
     ops.advance(step.place.positions)
 
 
 def prefill(
-    model: Model, cache: Cache, prompts: Sequence[Sequence[int]], progress: Callable[[int], object] = lambda _: None
+    model: Model,
+    cache: Cache,
+    prompts: Sequence[Sequence[int]],
+    progress: Callable[[int], object] = lambda _: None,
+    ways: Ways = WHOLE,
 ) -> Array:
     """Read whole prompts into the texts 0, 1, ... of the cache; what the last layer makes of their last tokens.
 
@@ -174,7 +190,7 @@ def prefill(
         chunk = slice(start, start + CHUNK)
         place, mix = placed(model, texts[chunk], positions[chunk])
         part = work.first(len(ids[chunk]))
-        through_layers(model, cache, device.array(ids[chunk]), place, part, mix)
+        ways.prompts(model, cache, device.array(ids[chunk]), place, part, mix)
         ending = np.flatnonzero((start <= ends) & (ends < start + CHUNK))
         if ending.size:  # rows of x are picked as rows of an embedding are
             rows = device.array((ends[ending] - start).astype(np.int32))
@@ -191,12 +207,14 @@ class CachedDecoder:
         model: Model,
         progress: Callable[[int], object] = lambda _: None,
         allowed: NDArray | None = None,
+        ways: Ways = WHOLE,
     ) -> None:
         """progress is called while prompts are read, with the number of positions that were.
 
         allowed: (V,), false for ids that the arg-max must not choose.
         """
         self._model = model
+        self._ways = ways
         self._progress = progress
         self._allowed = None if allowed is None else model.device.array(allowed.astype(np.uint8))
         self._lengths: NDArray = np.zeros(0, np.int32)
@@ -214,7 +232,7 @@ class CachedDecoder:
         self._cache = new_cache(model, batch, capacity)
         self._step = new_step(model, batch, capacity)
         self._graph, self._compiled = None, False
-        last = prefill(model, self._cache, prompts, self._progress)
+        last = prefill(model, self._cache, prompts, self._progress, self._ways)
         unembed(model, last, self._step.work.normed, self._step.logits)
         ops.argmax(self._step.logits, self._allowed, self._step.ids)
         self._place(np.arange(batch, dtype=np.int32), np.array([len(prompt) for prompt in prompts], np.int32))
@@ -226,9 +244,10 @@ class CachedDecoder:
         return self._outcome()
 
     def keep(self, rows: Sequence[int]) -> None:
-        texts = self._step.place.texts.get()[rows]
-        self._step = self._step.first(len(rows))
-        self._place(texts, self._lengths[rows])
+        kept = np.asarray(rows)
+        texts = self._step.place.texts.get()[kept]
+        self._step = self._step.first(len(kept))
+        self._place(texts, self._lengths[kept])
         self._graph, self._compiled = None, False  # for fewer texts products may be other kernels
 
     def go_on(self) -> None:
@@ -236,8 +255,9 @@ class CachedDecoder:
         if self._lengths.max() >= self._cache.keys.shape[3]:
             raise InputError(f"{self._lengths.max() + 1} tokens, but this cache holds {self._cache.keys.shape[3]}")
         self._lengths = self._lengths + 1
-        library = len(self._lengths) > MANY  # its products are no kernels of ours, and cannot be captured
-        if library or not self._compiled:  # a capture can compile nothing: the first step runs as it is
+        # Of more texts, the products are no kernels of ours, and cannot be captured.
+        captured = self._ways.captured and len(self._lengths) <= MANY
+        if not captured or not self._compiled:  # a capture can compile nothing: the first step runs as it is
             self._launches()
             self._compiled = True
             return
@@ -250,7 +270,7 @@ class CachedDecoder:
         return self._step.ids.get()
 
     def _launches(self) -> None:
-        run_step(self._model, self._cache, self._step, self._allowed)
+        run_step(self._model, self._cache, self._step, self._allowed, self._ways)
 
     def _place(self, texts: NDArray, lengths: NDArray) -> None:
         self._step.place.texts.set(texts)

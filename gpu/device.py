@@ -479,16 +479,20 @@ class CudaDevice(Device):
     """A card, through CuPy.
 
     arch: what NVRTC compiles for, like "sm_90a"; by default the card's own, of which CuPy leaves out the "a".
+    number: of the card, for this process; of fewer cards, it starts again at the first. By default CuPy's current one.
     InputError if there is no CuPy, no driver or no card.
     """
 
     arch: str | None = None
+    number: int | None = None
     _cupy: Any = field(default=None, init=False)
     _stream: Any = field(default=None, init=False)
     _cublas: tuple[Any, int] | None = field(default=None, init=False)  # the library and a handle, from first use on
 
     def __post_init__(self) -> None:
         self._cupy = _import_cupy()
+        if self.number is not None:
+            self._cupy.cuda.Device(self.number % self._cupy.cuda.runtime.getDeviceCount()).use()
         self._stream = self._cupy.cuda.Stream(non_blocking=True)
 
     @property

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from neox.gpu.ops import TYPES
 from neox.reference import model as reference
 from neox.reference.checkpoint.hub import find
 from neox.reference.checkpoint.load import is_finite, open_model
+from neox.reference.checkpoint.stored import Index, Stored, whole
 from neox.reference.checkpoint.tensors import build_params, named_tensors, tensor_table
 from neox.reference.config import GPT_NEOX_20B, PYTHIA, Config, parameter_count, read_config
 from neox.reference.errors import InputError
@@ -47,11 +49,17 @@ def _what_fits(config: Config, dtype: np.dtype, free: int) -> str:
 
 def require_memory(config: Config, dtype: np.dtype, device: Device) -> None:
     """Says on stderr what the weights take; InputError if that is more than the device has, with what would fit."""
-    needed, free = parameter_count(config) * dtype.itemsize, device.free_memory()
+    sizes = check_memory(parameter_count(config), dtype, device, lambda free: _what_fits(config, dtype, free))
+    print(f"weights: {sizes}", file=sys.stderr)
+
+
+def check_memory(count: int, dtype: np.dtype, device: Device, advice: Callable[[int], str]) -> str:
+    """What so many weights take and the device has, in words; InputError, with advice, if that is too little."""
+    needed, free = count * dtype.itemsize, device.free_memory()
     if needed > free:
         sizes = f"the weights take {_gigabytes(needed)} as {dtype}, and the device has {_gigabytes(free)} free"
-        raise InputError(f"{sizes}; {_what_fits(config, dtype, free)}")
-    print(f"weights: {_gigabytes(needed)} as {dtype}, {_gigabytes(free)} free on the device", file=sys.stderr)
+        raise InputError(f"{sizes}; {advice(free)}")
+    return f"{_gigabytes(needed)} as {dtype}, {_gigabytes(free)} free on the device"
 
 
 def require_kernels(config: Config) -> None:
@@ -70,15 +78,35 @@ PIECE = 16 << 20  # numbers
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor's numbers, read when they are used, and what a message calls it."""
+    """A tensor whose numbers are read when they are used."""
 
-    values: NDArray
-    name: str
+    shape: tuple[int, ...]
+    rows: Callable[[int, int], NDArray]  # from one to before another; of a vector, numbers
+    name: str  # what a message calls it
+
+
+def source_of(stored: Stored, name: str, index: Index | None = None) -> Source:
+    """A tensor of a checkpoint, or a part of it."""
+    first, *others = whole(stored.shape) if index is None else index
+    shape = tuple(cut.stop - cut.start for cut in (first, *others))
+
+    def rows(start: int, stop: int) -> NDArray:
+        return stored.part((slice(first.start + start, first.start + stop), *others))
+
+    return Source(shape, rows, f"{stored.path}: {name}")
+
+
+def source_of_array(array: NDArray, name: str) -> Source:
+    return Source(array.shape, lambda start, stop: array[start:stop], name)
+
+
+def _rows_of_a_piece(shape: tuple[int, ...]) -> int:
+    return max(1, PIECE // math.prod(shape[1:]))
 
 
 def _fill(source: Source, start: int, out: NDArray) -> None:
-    """The numbers from `start` on, rounded to the dtype of `out`. InputError if they cannot be."""
-    part = source.values.reshape(-1)[start : start + out.size]
+    """The rows from `start` on, rounded to the dtype of `out`. InputError if they cannot be."""
+    part = source.rows(start, start + len(out))
     with np.errstate(over="ignore"):
         np.copyto(out, part, casting="unsafe")
     if not is_finite(out):
@@ -87,11 +115,16 @@ def _fill(source: Source, start: int, out: NDArray) -> None:
         raise InputError(f"some weights are too large for {out.dtype}: load the model as bfloat16 or float32")
 
 
-def _upload(sources: Sequence[Source], targets: Sequence[Array], device: Device) -> None:
+def _stream(
+    sources: Sequence[Source], targets: Sequence[Array], device: Device, hidden: bool | None, sent: Callable[[], object]
+) -> None:
     """InputError of the first piece that cannot be read or rounded; what comes after it is not read."""
-    pieces = [(s, t, at) for s, t in zip(sources, targets, strict=True) for at in range(0, t.size, PIECE)]
-    itemsize = targets[0].dtype.itemsize
-    largest = itemsize * min(PIECE, max(t.size for t in targets))
+    pieces = [
+        (source, target[start : start + _rows_of_a_piece(target.shape)], start)
+        for source, target in zip(sources, targets, strict=True)
+        for start in range(0, target.shape[0], _rows_of_a_piece(target.shape))
+    ]
+    largest = max(target.nbytes for _, target, _ in pieces)
     free = deque((device.staging(largest), device.mark()) for _ in range(min(READERS + 2, len(pieces))))
     pending: deque[tuple[Future[None], Array, NDArray, NDArray]] = deque()
     readers = ThreadPoolExecutor(READERS)
@@ -102,17 +135,17 @@ def _upload(sources: Sequence[Source], targets: Sequence[Array], device: Device)
         device.copy_later(target, values)
         free.append((buffer, device.mark()))
         bar.update(values.size)
+        sent()
 
     try:
         total = sum(target.size for target in targets)
-        with tqdm(total=total, desc="to the device", unit="weights", unit_scale=True, disable=None) as bar:
-            for source, whole, start in pieces:
+        with tqdm(total=total, desc="to the device", unit="weights", unit_scale=True, disable=hidden) as bar:
+            for source, target, start in pieces:
                 if not free:
                     send(bar)
                 buffer, used = free.popleft()
                 device.wait(used)
-                target = whole.reshape(whole.size)[start : start + PIECE]
-                values = buffer[: target.nbytes].view(target.dtype)
+                values = buffer[: target.nbytes].view(target.dtype).reshape(target.shape)
                 pending.append((readers.submit(_fill, source, start, values), target, values, buffer))
             while pending:
                 send(bar)
@@ -146,21 +179,37 @@ def arranged(params: reference.Params, put: Put) -> Params:
     return Params(embed_in, layers, final, embed_in if params.embed_out is params.embed_in else put(params.embed_out))
 
 
-def _to_device(config: Config, sources: dict[str, Source], device: Device, dtype: str) -> Model:
+def upload(
+    config: Config,
+    sources: Mapping[str, Source],
+    device: Device,
+    dtype: str,
+    hidden: bool | None = None,
+    sent: Callable[[], object] = lambda: None,
+) -> Model:
+    """All tensors of a model, or of a rank's shard, onto the device as dtype. InputError if they cannot be rounded.
+
+    hidden: of tqdm, `disable`. sent is called whenever something has been.
+    """
     kind = dtype_named(dtype)
-    arrays = {name: device.empty(spec.shape, kind) for name, spec in tensor_table(config).items()}
-    _upload([sources[name] for name in arrays], list(arrays.values()), device)
+    arrays = {name: device.empty(sources[name].shape, kind) for name in tensor_table(config)}
+    _stream([sources[name] for name in arrays], list(arrays.values()), device, hidden, sent)
     named: Any = build_params(config, lambda spec: spec)  # type: ignore[arg-type, return-value]
     return Model(config, arranged(named, lambda spec: arrays[spec.name]), *rotary_arrays(config, device))
 
 
-def to_device(model: reference.Model, device: Device, dtype: str = "float16") -> Model:
-    """A model of the reference, its weights rounded to dtype. InputError if they cannot be, or no kernel takes them."""
+def check_dtype(dtype: str) -> None:
+    """InputError unless there are kernels for it."""
     if dtype not in TYPES:
         raise InputError(f"dtype must be one of {', '.join(TYPES)}, not {dtype!r}")
+
+
+def to_device(model: reference.Model, device: Device, dtype: str = "float16") -> Model:
+    """A model of the reference, its weights rounded to dtype. InputError if they cannot be, or no kernel takes them."""
+    check_dtype(dtype)
     require_kernels(model.config)
     tensors = named_tensors(model.config, model.params)
-    return _to_device(model.config, {name: Source(array, name) for name, array in tensors.items()}, device, dtype)
+    return upload(model.config, {name: source_of_array(array, name) for name, array in tensors.items()}, device, dtype)
 
 
 def load(
@@ -176,12 +225,11 @@ def load(
     overrides replace fields of the config, such as hidden_act="gelu_fast". InputError for everything that can be wrong
     with the files, and if device or memory are missing.
     """
-    if dtype not in TYPES:
-        raise InputError(f"dtype must be one of {', '.join(TYPES)}, not {dtype!r}")
+    check_dtype(dtype)
     opened = open_device(device) if isinstance(device, str) else device
     folder = find(path, revision)
     require_memory(read_config(folder), dtype_named(dtype), opened)
     stored = open_model(folder, **overrides)
     require_kernels(stored.config)
-    sources = {name: Source(tensor.read(), f"{tensor.path}: {name}") for name, tensor in stored.tensors.items()}
-    return _to_device(stored.config, sources, opened, dtype)
+    sources = {name: source_of(tensor, name) for name, tensor in stored.tensors.items()}
+    return upload(stored.config, sources, opened, dtype)

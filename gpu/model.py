@@ -85,6 +85,21 @@ class Model:
     def dtype(self) -> np.dtype:
         return self.params.embed_in.dtype
 
+    @property
+    def heads(self) -> int:
+        """All of them; of a rank's shard (distributed/device.py), its own."""
+        return self.params.layers[0].attention.dense.weight.shape[1] // self.config.head_dim
+
+    @property
+    def neurons(self) -> int:
+        """Of an MLP, likewise."""
+        return self.params.layers[0].mlp.dense_4h_to_h.weight.shape[1]
+
+    @property
+    def rows_of_head(self) -> int:
+        """Ids that get a logit, likewise."""
+        return self.params.embed_out.shape[0]
+
 
 def rotary_arrays(config: Config, device: Device) -> tuple[Array, Array]:  # 2 x (P,R/2)
     """cos and sin of every position of the context, as the reference rounds them."""
@@ -111,9 +126,9 @@ class Workspace:
     x: Array  # float32 (N,C): the residual stream
     normed: Array  # (N,C): what the attention reads
     normed_mlp: Array  # (N,C): what the MLP reads
-    qkv: Array  # float32 (N,3C)
-    q: Array  # (N,C)
-    z: Array  # (N,C)
+    qkv: Array  # float32 (N,3HD)
+    q: Array  # (N,HD)
+    z: Array  # (N,HD)
     attention: Array  # float32 (N,C)
     hidden: Array  # float32 (N,F)
     activated: Array  # (N,F)
@@ -126,14 +141,14 @@ class Workspace:
 
 def new_workspace(model: Model, count: int) -> Workspace:
     config, dtype, empty = model.config, model.dtype, model.device.empty
-    C, F = config.hidden_size, config.intermediate_size
+    C, F, heads = config.hidden_size, model.neurons, model.heads * config.head_dim
     return Workspace(
         x=empty((count, C), np.float32),
         normed=empty((count, C), dtype),
         normed_mlp=empty((count, C), dtype),
-        qkv=empty((count, 3 * C), np.float32),
-        q=empty((count, C), dtype),
-        z=empty((count, C), dtype),
+        qkv=empty((count, 3 * heads), np.float32),
+        q=empty((count, heads), dtype),
+        z=empty((count, heads), dtype),
         attention=empty((count, C), np.float32),
         hidden=empty((count, F), np.float32),
         activated=empty((count, F), dtype),
@@ -256,7 +271,7 @@ def placed(model: Model, texts: NDArray[np.int32], positions: NDArray[np.int32])
     if ops.can_prefill(model.dtype, config.head_dim):
         return place, mix_together(device.array(ops.query_tiles(texts, positions)))
     # Tensor cores multiply no float32. Its positions go one by one, as in decoding: it is there to compare with.
-    partial = (len(texts), config.num_attention_heads, 1, config.head_dim + 2)
+    partial = (len(texts), model.heads, 1, config.head_dim + 2)
     return place, mix_each(place, device.empty(partial, np.float32))
 
 

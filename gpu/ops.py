@@ -19,7 +19,9 @@ from neox.gpu.source import Source
 TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 ACTIVATIONS = {"gelu": "Gelu", "gelu_fast": "GeluFast"}
 
-EMBEDDING = Source("embedding.cu", tuple(f"embedding<{T}>" for T in TYPES.values()))
+EMBEDDING = Source(
+    "embedding.cu", tuple(f"{name}<{T}>" for name in ("embedding", "embedding_share") for T in TYPES.values())
+)
 LAYER_NORM = Source(
     "layer_norm.cu",
     tuple(f"{name}<{T}>" for name in ("layer_norm_naive", "layer_norm", "layer_norm_pair") for T in TYPES.values()),
@@ -86,6 +88,15 @@ def embedding(ids: Array, table: Array, out: Array) -> None:
     expect("ids", ids, (N,), np.int32)
     expect("out", out, (N, C), np.float32)
     out.device.launch(EMBEDDING, f"embedding<{type_of(table)}>", N, THREADS, (ids, table, out, np.int32(C)))
+
+
+def embedding_share(ids: Array, table: Array, first: int, out: Array) -> None:
+    """The same from rows first, first + 1, ... of a table, zeros for other ids: int32 (N), (V,C) -> float32 (N,C)."""
+    (N,), (V, C) = ids.shape, table.shape
+    expect("ids", ids, (N,), np.int32)
+    expect("out", out, (N, C), np.float32)
+    arguments = (ids, table, out, np.int32(first), np.int32(V), np.int32(C))
+    out.device.launch(EMBEDDING, f"embedding_share<{type_of(table)}>", N, THREADS, arguments)
 
 
 def layer_norm(x: Array, weight: Array, bias: Array, eps: float, out: Array) -> None:

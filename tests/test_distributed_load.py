@@ -203,7 +203,7 @@ def test_what_is_wrong_everywhere_is_said_once_and_of_no_rank(tmp_path: Path):
 
 
 def test_a_backend_that_there_is_not_is_refused(tmp_path: Path):
-    with pytest.raises(InputError, match="backend must be one of reference, not 'tpu'"):
+    with pytest.raises(InputError, match="backend must be one of reference, gpu, not 'tpu'"):
         load(tmp_path, Alone(), backend="tpu")
 
 

@@ -15,7 +15,7 @@ from devices import SCHEDULES, host
 from test_kernels_argmax import check_advance, check_argmax
 from test_kernels_attention_decode import check_attention
 from test_kernels_attention_prefill import check_counting, check_prefill
-from test_kernels_embedding import check_embedding
+from test_kernels_embedding import check_embedding, check_embedding_share
 from test_kernels_fused import check_mlp, check_output, check_qkv
 from test_kernels_gelu import check_gelu, check_tail
 from test_kernels_layer_norm import check_block, check_naive, check_pair
@@ -32,6 +32,7 @@ CASES: dict[Callable[..., None], tuple[str, list[tuple]]] = {
     check_block: ("LAYER_NORM", [(3, 257, "float32"), (2, 1025, "float16", 1000), (2, 40, "bfloat16", 0, 80000)]),
     check_naive: ("LAYER_NORM", [(33, 37, "float32"), (2, 40, "float16", 1000)]),
     check_pair: ("LAYER_NORM", [(3, 257, "float32"), (2, 1025, "float16", 5)]),
+    check_embedding_share: ("EMBEDDING", [(3, 11, 257, "float32"), (5, 7, 120, "float16")]),
     check_embedding: ("EMBEDDING", [(3, 11, 257, "float32"), (5, 7, 120, "float16")]),
     check_gelu: ("GELU", [(3, 257, a, d, 2) for a in ("gelu", "gelu_fast") for d in ("float32", "float16")]),
     check_tail: ("GELU", [("gelu",), ("gelu_fast",)]),
@@ -165,6 +166,15 @@ MUTANTS = [
         ("ids[blockIdx.x]", "blockIdx.x"),
         ("ids[blockIdx.x]) * C", "ids[blockIdx.x]) * (C - 1)"),
         ("x + static_cast<long long>(blockIdx.x) * C", "x"),
+    ),
+    *mutants(
+        "embedding.cu",
+        check_embedding_share,
+        ("ids[blockIdx.x] - first", "ids[blockIdx.x]"),
+        ("0 <= held && held < V", "held < V"),
+        ("0 <= held && held < V", "0 <= held && held <= V"),
+        ("0 <= held && held < V", "0 < held && held < V"),
+        (" : 0.0f", " : to_float(table[c])"),
     ),
     *mutants(
         "gelu.cu",

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def _headers() -> str:
 
 
 def _compile(unit: str, flags: list[str], library: Path) -> None:
-    temporary = library.with_suffix(f".{os.getpid()}")
+    temporary = library.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
     source, object_file = (temporary.with_suffix(f"{temporary.suffix}.{kind}") for kind in ("cpp", "o"))
     source.write_text(unit)
     sanitizer = [f for f in flags if f in ("-fsanitize=address", "-fsanitize=thread")]

@@ -1,4 +1,8 @@
-// Embedding:  x[n] = table[ids[n]],  widened to float: x becomes the residual stream.
+// Embedding, widened to float: x becomes the residual stream.
+//
+//   embedding        x[n] = table[ids[n]]
+//   embedding_share  x[n] = table[ids[n] - first], or zeros where the table has no such row: of a table that several
+//                    ranks share, each holds some rows, and the sum over the ranks is the whole table's
 //
 //   ids    int    (N)
 //   table  T      (V,C)
@@ -6,7 +10,7 @@
 //
 // Grid: one block for each n. Block: any size; its threads take every blockDim.x-th column, so that a warp reads and
 // writes neighbouring columns.
-// Preconditions: 0 <= id < V, checked before ids reach the device.
+// Preconditions: of embedding, 0 <= id < V, checked before ids reach the device.
 // Bytes: N C (sizeof(T) + 4), each moved once.
 #include "common.cuh"
 
@@ -15,4 +19,12 @@ template <class T> __global__ void embedding(const int* __restrict__ ids, const 
     const T* row = table + static_cast<long long>(ids[blockIdx.x]) * C;  // V C exceeds 2^31 in no model, N C may
     float* out = x + static_cast<long long>(blockIdx.x) * C;
     for (int c = threadIdx.x; c < C; c += blockDim.x) out[c] = to_float(row[c]);
+}
+
+template <class T> __global__ void embedding_share(const int* __restrict__ ids, const T* __restrict__ table,
+                                                   float* __restrict__ x, int first, int V, int C) {
+    const int held = ids[blockIdx.x] - first;
+    const T* row = table + static_cast<long long>(held) * C;
+    float* out = x + static_cast<long long>(blockIdx.x) * C;
+    for (int c = threadIdx.x; c < C; c += blockDim.x) out[c] = 0 <= held && held < V ? to_float(row[c]) : 0.0f;
 }
