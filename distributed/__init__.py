@@ -13,6 +13,7 @@ from neox.distributed.leader import Leader, follow, generate
 from neox.distributed.load import load
 from neox.distributed.model import Shard, shard
 from neox.distributed.mpi import connect
+from neox.distributed.sums import split_way
 
 __all__ = [
     "Alone",
@@ -31,5 +32,6 @@ __all__ = [
     "load",
     "run_ranks",
     "shard",
+    "split_way",
     "virtual",
 ]

@@ -6,18 +6,42 @@ Rank 0 has the batches and what is asked of them; the others follow.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 
+from neox.distributed.backends import AnyShard
 from neox.distributed.comm import Communicator
+from neox.distributed.device import DeviceShard, ways_of
 from neox.distributed.model import Shard, embed, layer
+from neox.gpu.scoring import DeviceReader
 from neox.reference.config import Config
 from neox.reference.decode import Cache, nothing
 from neox.reference.model import Array, rotary_tables, unembed
 from neox.reference.scoring import Batch, Judgement, Limits, cache_after, judged, mix_tree, reaches
 
 
+class RankReader(Protocol):
+    """A rank's share in reading trees. All ranks are given the same batches, in the same order."""
+
+    limits: Limits
+
+    @property
+    def config(self) -> Config: ...
+
+    def read(self, batch: Batch) -> Judgement:
+        """As of Reader, on rank 0."""
+        ...
+
+    def help(self, batch: Batch) -> None:
+        """On every other rank."""
+        ...
+
+
 class ShardReader:
-    """A shard of the reference model that reads trees. All ranks are given the same batches, in the same order."""
+    """A shard of the reference model that reads trees."""
+
+    limits = Limits()
 
     def __init__(self, shard: Shard) -> None:
         self._shard = shard
@@ -41,20 +65,50 @@ class ShardReader:
             x = layer(shard, index, x, rotary, mix)
         return np.concatenate(shard.comm.gather(unembed(model, x[:, batch.asked.rows])[0]), axis=-1)
 
+    def read(self, batch: Batch) -> Judgement:
+        """What is asked, found in the logits."""
+        return judged(self.logits(batch), batch.asked)
 
-class LeadingReader:
-    """All ranks as one Reader of reference/scoring.py: on rank 0, while the others are given what it broadcasts."""
+    def help(self, batch: Batch) -> None:
+        """This rank's part of a `read` by rank 0."""
+        self.logits(batch)
 
-    limits = Limits()
 
-    def __init__(self, reader: ShardReader, comm: Communicator) -> None:
-        self._reader, self._comm = reader, comm
+class DeviceShardReader:
+    """The same on a device: gpu/scoring.py, level by level of a tree, with all ranks' logits after each."""
+
+    def __init__(self, shard: DeviceShard) -> None:
+        comm = shard.comm
+        self._reader = DeviceReader(shard.model, ways_of(shard), lambda own: np.concatenate(comm.gather(own), axis=-1))
+        self.limits = self._reader.limits
 
     @property
     def config(self) -> Config:
         return self._reader.config
 
     def read(self, batch: Batch) -> Judgement:
-        """As of Reader: what is asked is found here, of logits that come from all ranks."""
+        return self._reader.read(batch)
+
+    def help(self, batch: Batch) -> None:
+        self._reader.read(batch)
+
+
+def reader_of(shard: AnyShard) -> RankReader:
+    return DeviceShardReader(shard) if isinstance(shard, DeviceShard) else ShardReader(shard)
+
+
+class LeadingReader:
+    """All ranks as one Reader of reference/scoring.py: on rank 0, while the others `help` with what it broadcasts."""
+
+    def __init__(self, reader: RankReader, comm: Communicator) -> None:
+        self._reader, self._comm = reader, comm
+        self.limits = reader.limits
+
+    @property
+    def config(self) -> Config:
+        return self._reader.config
+
+    def read(self, batch: Batch) -> Judgement:
+        """As of Reader."""
         self._comm.broadcast(batch)
-        return judged(self._reader.logits(batch), batch.asked)
+        return self._reader.read(batch)

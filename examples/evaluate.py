@@ -51,7 +51,7 @@ def parser() -> Parser:
     flags.add_argument("--data", metavar="FOLDER", help="where the files of the tasks local_* are")
     flags.add_argument("--compare-throughput", action="store_true", help="also run transformers, and time both")
     flags.add_argument("--tensor-parallel", nargs="?", type=int, const=0, metavar="N", help="share the model among N")
-    flags.add_argument("--allreduce", choices=["window", "allgather"], help="how the ranks add up")
+    flags.add_argument("--allreduce", metavar="WAY", help="how the ranks add up, as of generate.py")
     flags.add_argument("--timeout", type=float, metavar="S", help="end all ranks when one hangs for so long")
     return flags
 
@@ -205,7 +205,7 @@ def evaluate(arguments: Sequence[str], opener: Open | None = None, compare: bool
 # Tensor parallelism.
 
 
-def on_rank(arguments: Sequence[str], comm: Communicator) -> None:
+def on_rank(arguments: Sequence[str], sums: str | None, comm: Communicator) -> None:
     """Rank 0 runs the harness, with the help of all others."""
     harness_first()
     from ranks import help_with, lead
@@ -213,7 +213,7 @@ def on_rank(arguments: Sequence[str], comm: Communicator) -> None:
     if comm.rank:
         help_with(comm)
     else:
-        with lead(comm) as opener:
+        with lead(comm, sums) as opener:
             evaluate(arguments, opener)
 
 
@@ -230,9 +230,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if own.tensor_parallel is None:
         evaluate(arguments, compare=own.compare_throughput)
     else:
-        from neox.distributed import run_ranks
+        from neox.distributed import run_ranks, split_way
 
-        run_ranks(own.tensor_parallel or None, partial(on_rank, arguments), own.allreduce, own.timeout)
+        way, sums = split_way(own.allreduce)
+        run_ranks(own.tensor_parallel or None, partial(on_rank, arguments, sums), way, own.timeout)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,12 @@ def _add_ranks(flags: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="share the model among N processes; without N: those that mpiexec started",
     )
-    flags.add_argument("--allreduce", choices=["window", "allgather"], help="how the ranks add up; the best by default")
+    flags.add_argument(
+        "--allreduce",
+        metavar="WAY",
+        help="how the ranks add up, the best by default: by memory that they share (window) or by MPI (allgather); "
+        "on the gpu, by way of the host (host)",
+    )
     flags.add_argument(
         "--timeout", type=float, metavar="S", help="end all ranks when one makes no progress for so long"
     )
@@ -188,14 +193,12 @@ def check_backend(args: argparse.Namespace) -> None:
         raise InputError(f"--backend {args.backend} computes in {' or '.join(DTYPES[args.backend])}, not {args.dtype}")
     if args.backend == "gpu" and args.weights is not None:
         raise InputError("--weights belongs to --backend reference: on the gpu weights are always kept as --dtype")
-    if args.backend == "gpu" and args.layer_norms is not None:
+    if args.backend == "gpu" and args.layer_norms is not None and args.tensor_parallel is None:
         raise InputError("--layer-norms belongs to --backend reference; convert.py writes a checkpoint merged so")
     if args.backend != "gpu" and args.device is not None:
         raise InputError("--device belongs to --backend gpu")
     if args.tensor_parallel is None and (args.allreduce or args.timeout) is not None:
         raise InputError("--allreduce and --timeout belong to --tensor-parallel")
-    if args.tensor_parallel is not None and args.backend == "gpu":
-        raise InputError("--tensor-parallel belongs to --backend reference")
 
 
 def open_backend(args: argparse.Namespace, folder: Path) -> Backend:
@@ -353,17 +356,17 @@ def continue_texts(args: argparse.Namespace, open_model: Callable[[argparse.Name
 # Tensor parallelism.
 
 
-def on_rank(args: argparse.Namespace, comm: Communicator) -> None:
+def on_rank(args: argparse.Namespace, sums: str | None, comm: Communicator) -> None:
     """Rank 0 continues the texts, with the help of all others."""
     from neox import distributed
 
-    def load_shard(folder: Path) -> distributed.Shard:
-        fields, dtype = overrides(args.set), args.dtype or DTYPES["reference"][0]
-        how = {"dtype": dtype, "weights": args.weights or "auto", "layer_norms": args.layer_norms or "mean"}
-        return distributed.load(folder, comm, **how, **fields)
+    def load_shard(folder: Path) -> distributed.AnyShard:
+        how: dict[str, Any] = {"weights": args.weights or "auto", "layer_norms": args.layer_norms or "mean"}
+        where = {"device": args.device or "cuda", "sums": sums}  # of which the reference takes no notice
+        return distributed.load(folder, comm, args.backend, args.dtype, **how, **where, **overrides(args.set))
 
     if comm.rank:
-        for _ in distributed.follow(distributed.ShardDecoder(load_shard(model_folder(args))), comm):
+        for _ in distributed.follow(distributed.decoder_of(load_shard(model_folder(args))), comm):
             pass
         return
     with ExitStack() as ends:
@@ -372,10 +375,10 @@ def on_rank(args: argparse.Namespace, comm: Communicator) -> None:
             shard = load_shard(folder)
 
             def decoder(requests: Sequence[Request], tokenizer: Tokenizer, read: Read) -> Decoder:
-                part = distributed.ShardDecoder(shard, read)
+                part = distributed.decoder_of(shard, read)
                 return ends.enter_context(distributed.Leader(part, comm, requests, tokenizer))
 
-            return Backend(shard.config, decoder, max)
+            return Backend(shard.config, decoder, sum if args.backend == "gpu" else max)
 
         continue_texts(args, open_shard)
 
@@ -391,9 +394,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.tensor_parallel is None:
         continue_texts(args, open_backend)
     else:
-        from neox.distributed import run_ranks
+        from neox.distributed import run_ranks, split_way
 
-        run_ranks(args.tensor_parallel or None, partial(on_rank, args), args.allreduce, args.timeout)
+        way, sums = split_way(args.allreduce, args.backend)
+        run_ranks(args.tensor_parallel or None, partial(on_rank, args, sums), way, args.timeout)
 
 
 if __name__ == "__main__":

@@ -66,14 +66,19 @@ def open_reference(
     return Engine(TreeReader(model), lambda requests, tokenizer: nullcontext(decoder))
 
 
+def device_named(device: str | None) -> str:
+    """What the harness's --device means here."""
+    names = {None: "cuda", "cuda:0": "cuda", "cuda": "cuda", "host": "host"}
+    if device not in names:
+        raise InputError(f"--device must be cuda or host, not {device}")
+    return names[device]
+
+
 def open_gpu(folder: Path, device: str | None = None, dtype: str = "float16", **fields: Any) -> Engine:
     from neox import gpu
     from neox.gpu.scoring import DeviceReader
 
-    names = {None: "cuda", "cuda:0": "cuda", "cuda": "cuda", "host": "host"}
-    if device not in names:
-        raise InputError(f"--device must be cuda or host, not {device}")
-    model = gpu.load(folder, dtype=dtype, device=names[device], **fields)
+    model = gpu.load(folder, dtype=dtype, device=device_named(device), **fields)
     return Engine(
         DeviceReader(model), lambda requests, tokenizer: nullcontext(gpu.decoder_for(model, requests, tokenizer))
     )

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from neox import distributed
 from neox.distributed import Communicator
-from neox.distributed.scoring import LeadingReader, ShardReader
-from neox.reference.errors import InputError
+from neox.distributed.scoring import LeadingReader, reader_of
 from neox.reference.generate import Decoder, Request
 from neox.reference.scoring import Batch
 from neox.reference.tokenizer import Tokenizer
@@ -36,32 +35,30 @@ class Writing:
     """Follow while texts are continued."""
 
 
-def open_shard(comm: Communicator, opening: Opening) -> distributed.Shard:
-    return distributed.load(opening.folder, comm, **opening.arguments)
-
-
-def engine_of(shard: distributed.Shard) -> Engine:
+def engine_of(shard: distributed.AnyShard) -> Engine:
     from harness import Engine
 
     comm = shard.comm
 
     def decoder(requests: Sequence[Request], tokenizer: Tokenizer) -> AbstractContextManager[Decoder]:
         comm.broadcast(Writing())
-        return distributed.Leader(distributed.ShardDecoder(shard), comm, requests, tokenizer)
+        return distributed.Leader(distributed.decoder_of(shard), comm, requests, tokenizer)
 
-    return Engine(LeadingReader(ShardReader(shard), comm), decoder)
+    return Engine(LeadingReader(reader_of(shard), comm), decoder)
 
 
 @contextmanager
-def lead(comm: Communicator) -> Iterator[Open]:
-    """On rank 0: what opens a model on all ranks. At the end the others are let go."""
+def lead(comm: Communicator, sums: str | None = None) -> Iterator[Open]:
+    """On rank 0: what opens a model on all ranks. At the end the others are let go. sums: as of distributed.load."""
 
     def opener(folder: Path, device: str | None = None, **arguments: Any) -> Engine:
-        if arguments.pop("backend", "reference") != "reference":
-            raise InputError("--tensor-parallel belongs to backend=reference")
+        from harness import device_named
+
+        if arguments.get("backend") == "gpu":
+            arguments |= {"device": device_named(device), "sums": sums}
         opening = Opening(folder, arguments)
         comm.broadcast(opening)
-        return engine_of(open_shard(comm, opening))
+        return engine_of(distributed.load(folder, comm, **arguments))
 
     yield opener
     comm.broadcast(None)
@@ -71,10 +68,10 @@ def help_with(comm: Communicator) -> None:
     """On every other rank: do what rank 0 asks for, until it ends."""
     while (order := comm.broadcast(None)) is not None:
         if isinstance(order, Opening):
-            shard = open_shard(comm, order)
-            reader = ShardReader(shard)
+            shard = distributed.load(order.folder, comm, **order.arguments)
+            reader = reader_of(shard)
         elif isinstance(order, Batch):
-            reader.logits(order)
+            reader.help(order)
         else:
-            for _ in distributed.follow(distributed.ShardDecoder(shard), comm):
+            for _ in distributed.follow(distributed.decoder_of(shard), comm):
                 pass

@@ -9,13 +9,13 @@ values of the tokens before it are copied: they are not computed again. Branches
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from neox.gpu.decode import CHUNK, Cache, new_cache, through_layers
+from neox.gpu.decode import CHUNK, WHOLE, Cache, Ways, new_cache
 from neox.gpu.device import Array
 from neox.gpu.model import Model, new_workspace, placed, unembed
 from neox.gpu.ops import embedding
@@ -88,12 +88,15 @@ def asked_among(asked: Asked, tokens: NDArray) -> tuple[Asked, NDArray[np.bool_]
 class DeviceReader:
     """A model on a device, as a Reader of reference/scoring.py."""
 
-    def __init__(self, model: Model) -> None:
-        self._model = model
+    def __init__(
+        self, model: Model, ways: Ways = WHOLE, gather: Callable[[NDArray], NDArray] = lambda own: own
+    ) -> None:
+        """gather: of the logits that this device has, all (M,V)."""
+        self._model, self._ways, self._gather = model, ways, gather
         self._cache: Cache | None = None
         self._rows = Rows((0,))
         config = model.config
-        position = 2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize  # bytes of one
+        position = 2 * config.num_hidden_layers * model.heads * config.head_dim * model.dtype.itemsize  # bytes of one
         self.limits = Limits(CHUNK, SHARE * model.device.free_memory() / position)
 
     @property
@@ -135,11 +138,11 @@ class DeviceReader:
         assert self._cache is not None
         place, mix = placed(model, texts.astype(np.int32), batch.positions[tokens].astype(np.int32))
         work = new_workspace(model, len(tokens))
-        through_layers(model, self._cache, device.array(batch.ids[tokens].astype(np.int32)), place, work, mix)
+        self._ways.prompts(model, self._cache, device.array(batch.ids[tokens].astype(np.int32)), place, work, mix)
         if not len(rows):
             return np.empty((0, self.config.vocab_size), np.float32)
         x: Array = device.empty((len(rows), self.config.hidden_size), np.float32)
         embedding(device.array(rows.astype(np.int32)), work.x, x)  # rows of x are picked as rows of an embedding are
-        logits = device.empty((len(rows), self.config.vocab_size), np.float32)
+        logits = device.empty((len(rows), model.rows_of_head), np.float32)
         unembed(model, x, work.normed[: len(rows)], logits)
-        return np.array(logits.get())
+        return self._gather(np.array(logits.get()))

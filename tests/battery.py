@@ -1,19 +1,23 @@
 """What ranks of MPI and virtual ranks both compute, for their results to be compared bit by bit.
 
-mpiexec -n N python battery.py FOLDER [WAY]      each rank writes what it computed to FOLDER
+mpiexec -n N python battery.py FOLDER [WAY]             each rank writes what it computed to FOLDER
+mpiexec -n N python battery.py FOLDER WAY DTYPE         the same with kernels, each rank on a host device of its own
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from strategies import random_model, rotary_pct
 
-from neox.distributed import Communicator, ShardDecoder, forward, shard
+from neox.distributed import AnyShard, Communicator, decoder_of, device_shard, forward, shard
 from neox.distributed.launch import run_ranks
+from neox.distributed.sums import choose_sums
+from neox.gpu.device import HostDevice
 from neox.reference.config import Config
 
 STEPS = 30
@@ -38,15 +42,24 @@ def drawn(generator: np.random.Generator) -> Config:
     )
 
 
-def battery(comm: Communicator) -> dict[str, NDArray]:
+def part_of(config: Config, seed: int, comm: Communicator, dtype: str | None) -> AnyShard:
+    """On a host device, if a dtype is given."""
+    if dtype is None:
+        return shard(random_model(config, seed), comm)
+    neurons = -(-config.intermediate_size // 64) * 64  # which kernels can read whatever the number of ranks
+    m = random_model(replace(config, hidden_size=8 * 24, rotary_pct=0.25, intermediate_size=8 * neurons), seed)
+    return device_shard(m, comm, choose_sums(comm, device := HostDevice()), device, dtype)
+
+
+def battery(comm: Communicator, dtype: str | None = None) -> dict[str, NDArray]:
     """Of several models: logits of a batch, of prompts of unequal lengths, and of 30 cached steps after them."""
     results = {}
     for index in range(MODELS):
         generator = np.random.default_rng([index, comm.ranks])
         config = drawn(generator)
-        part = shard(random_model(config, seed=index), comm)
+        part = part_of(config, index, comm, dtype)
         results[f"{index} batch"] = forward(part, generator.integers(0, config.vocab_size, (2, 19)))
-        decoder = ShardDecoder(part)
+        decoder = decoder_of(part)
         prompts = [generator.integers(0, config.vocab_size, length).tolist() for length in (7, 40, 1)]
         results[f"{index} prompts"] = decoder.start(prompts, 40 + STEPS)
         rows = 3
@@ -59,9 +72,9 @@ def battery(comm: Communicator) -> dict[str, NDArray]:
     return results
 
 
-def main(folder: str, way: str | None = None) -> None:
+def main(folder: str, way: str | None = None, dtype: str | None = None) -> None:
     def program(comm: Communicator) -> None:
-        np.savez(Path(folder) / f"{comm.rank}.npz", allow_pickle=False, **battery(comm))
+        np.savez(Path(folder) / f"{comm.rank}.npz", allow_pickle=False, **battery(comm, dtype))
 
     run_ranks(None, program, allreduce=way)
 

@@ -352,8 +352,14 @@ def test_kernels_answer_alike(folders: dict[str, Path], harness: ModuleType):
         harness.NeoX(backend="gpu", device="tpu")
 
 
-def test_ranks_answer_alike(harness: ModuleType, monkeypatch: pytest.MonkeyPatch):
-    """Three ranks, of which only the first knows the requests."""
+KERNELS = {"backend": "gpu", "device": "host", "dtype": "float32"}
+
+
+@pytest.mark.parametrize(("ranks_of_it", "how"), [(3, {}), (2, KERNELS)])
+def test_ranks_answer_alike(
+    ranks_of_it: int, how: dict[str, str], harness: ModuleType, monkeypatch: pytest.MonkeyPatch
+):
+    """Of which only the first knows the requests."""
     ranks = importlib.import_module("ranks")
     pairs = instances("loglikelihood", LIKELIHOODS[:8])
     prompts = instances("generate_until", [(words(n, n), {"until": ["."], "max_gen_toks": 6}) for n in (3, 9)])
@@ -368,9 +374,9 @@ def test_ranks_answer_alike(harness: ModuleType, monkeypatch: pytest.MonkeyPatch
             return ranks.help_with(comm)
         with ranks.lead(comm) as opener:
             monkeypatch.setattr(harness.NeoX, "open", staticmethod(opener))
-            return answers(harness.NeoX())
+            return answers(harness.NeoX(**how))
 
-    together = virtual(3, program)[0]
+    together = virtual(ranks_of_it, program)[0]
     assert all(close(a, b) and flag == wanted for (a, flag), (b, wanted) in zip(together[0], alone[0], strict=True))
     assert together[1] == alone[1]
 

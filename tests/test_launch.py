@@ -49,6 +49,18 @@ def test_the_program_starts_its_own_ranks(expected: str):
 
 
 @needs_mpi
+@pytest.mark.parametrize("way", [[], ["--allreduce", "host"]])
+def test_ranks_with_devices_write_the_same_text(way: list[str], expected: str):
+    job = generate(*TEXT, "--tensor-parallel", "2", "--backend", "gpu", "--device", "host", "--dtype", "float32", *way)
+    assert job.status == 0, job.stderr
+    assert job.stdout == expected
+    assert job.stderr.count("weights: of each rank") == 1
+    assert "devices add up by host" in job.stderr
+    assert not job.left
+    assert not job.leaked
+
+
+@needs_mpi
 @pytest.mark.parametrize(("ranks", "way"), [(1, "window"), (2, "allgather")])
 def test_mpiexec_starts_the_ranks(ranks: int, way: str, expected: str):
     job = mpiexec(ranks, GENERATE, *TEXT, "--tensor-parallel", "--allreduce", way, "--timeout", "30")
@@ -142,7 +154,13 @@ def test_an_mpiexec_of_another_mpi_is_noticed():
         (["--tensor-parallel", "-2"], "at least one rank, not -2"),
         (["--timeout", "3"], "belong to --tensor-parallel"),
         (["--allreduce", "window"], "belong to --tensor-parallel"),
-        (["--backend", "gpu", "--tensor-parallel", "2"], "belongs to --backend reference"),
+        (["--tensor-parallel", "2", "--allreduce", "pigeon"], "--allreduce must be one of window, allgather, not"),
+        (["--tensor-parallel", "2", "--allreduce", "host"], "--allreduce must be one of window, allgather, not"),
+        (
+            ["--backend", "gpu", "--tensor-parallel", "2", "--allreduce", "pigeon"],
+            "must be one of window, allgather, host",
+        ),
+        (["--backend", "gpu", "--layer-norms", "fold"], "--layer-norms belongs to"),
     ],
 )
 def test_flags_that_do_not_fit_are_refused(arguments: list[str], message: str):

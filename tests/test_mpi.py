@@ -20,8 +20,18 @@ PROGRAM = Path(__file__).with_name("battery.py")
 
 
 @cache
-def expected(ranks: int) -> list[dict[str, NDArray]]:
-    return virtual(ranks, battery)
+def expected(ranks: int, dtype: str | None = None) -> list[dict[str, NDArray]]:
+    return virtual(ranks, lambda comm: battery(comm, dtype))
+
+
+def assert_same(folder: Path, results: list[dict[str, NDArray]]) -> None:
+    """To the bit, what each rank has written."""
+    for rank, own in enumerate(results):
+        with np.load(folder / f"{rank}.npz") as file:
+            assert set(file) == set(own)
+            for name, array in own.items():
+                assert file[name].dtype == np.float32
+                assert np.array_equal(file[name], array), f"rank {rank}: {name}"
 
 
 @needs_mpi
@@ -33,12 +43,17 @@ def test_ranks_of_mpi_are_virtual_ranks_to_the_bit(ranks: int, way: str | None, 
     job = mpiexec(ranks, PROGRAM, str(tmp_path), *([way] if way else []))
     assert job.status == 0, job.stderr
     assert f"{ranks} ranks, which add up by {way or 'window'}" in job.stderr
-    for rank, results in enumerate(expected(ranks)):
-        with np.load(tmp_path / f"{rank}.npz") as file:
-            assert set(file) == set(results)
-            for name, array in results.items():
-                assert file[name].dtype == np.float32
-                assert np.array_equal(file[name], array), f"rank {rank}: {name}"
+    assert_same(tmp_path, expected(ranks))
+    assert not job.left
+
+
+@needs_mpi
+@pytest.mark.parametrize(("ranks", "dtype"), [(2, "float32"), (3, "float16")])
+def test_so_are_ranks_whose_devices_compute(ranks: int, dtype: str, tmp_path: Path):
+    """The same with kernels, on the host device."""
+    job = mpiexec(ranks, PROGRAM, str(tmp_path), "window", dtype)
+    assert job.status == 0, job.stderr
+    assert_same(tmp_path, expected(ranks, dtype))
     assert not job.left
 
 
