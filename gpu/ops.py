@@ -62,9 +62,12 @@ FUSED_QKV, FUSED_OUTPUT = (
 FUSED_MLP = Source(  # of all that are launched, those of the 20B
     "fused_mlp.cu", tuple(f"fused_mlp<{T}, GeluFast, 96, {rows}>" for T in SHORT_TYPES for rows in FUSED_ROWS)
 )
+MOST_RANKS, MOST_BLOCKS, MAILBOX_BYTES = 8, 64, 16 + 64 * 8 * 4  # as in all_reduce.cu; of a mailbox without its slots
+ALL_REDUCE = Source("all_reduce.cu", tuple(f"all_reduce<{ranks}>" for ranks in range(1, MOST_RANKS + 1)))
+SUM_PARTS = Source("sum_parts.cu", ("sum_parts",))
 SOURCES = (
     *(EMBEDDING, LAYER_NORM, GELU, ROTARY_APPEND, ATTENTION_DECODE, ATTENTION_PREFILL, RESIDUAL, ARGMAX, ADVANCE),
-    *(PRODUCT, MATVEC, GEMM, FUSED_QKV, FUSED_MLP, FUSED_OUTPUT),
+    *(PRODUCT, MATVEC, GEMM, FUSED_QKV, FUSED_MLP, FUSED_OUTPUT, ALL_REDUCE, SUM_PARTS),
 )
 
 THREADS = 256  # of a block whose work any number of threads can share
@@ -290,6 +293,40 @@ def advance(positions: Array) -> None:
     (N,) = positions.shape
     expect("positions", positions, (N,), np.int32)
     positions.device.launch(ADVANCE, "advance", -(-N // THREADS), THREADS, (positions, np.int32(N)))
+
+
+def mailbox_bytes(capacity: int) -> int:
+    """Of a mailbox for sums of up to `capacity` numbers."""
+    return MAILBOX_BYTES + 2 * 4 * capacity
+
+
+def all_reduce(
+    mailboxes: Array, rank: int, capacity: int, x: Array, patience: int, *, blocks: int = MOST_BLOCKS
+) -> None:
+    """x = the sum of all ranks' x, in their order: float32 (n), n a multiple of 4, up to capacity.
+
+    mailboxes: uint64 (P), addresses of mailbox_bytes(capacity) bytes each, zeros at first, which every rank's device can
+    read and write. All ranks launch the same; patience: looks for another rank before x becomes NaN.
+    """
+    (P,), (n,) = mailboxes.shape, x.shape
+    expect("mailboxes", mailboxes, (P,), np.uint64)
+    expect("x", x, (n,), np.float32)
+    if P > MOST_RANKS or not 0 <= rank < P:
+        raise ValueError(f"rank {rank} of {P}: there can be {MOST_RANKS}")
+    if n % 4 or x.address % 16 or capacity % 4 or n > capacity:
+        raise ValueError(f"{n} numbers are not whole pieces of 4 at a multiple of 16 bytes, up to {capacity}")
+    name = f"all_reduce<{P}>"
+    grid = min(blocks, MOST_BLOCKS, -(-n // (4 * THREADS)))
+    sizes = np.int32(n), np.int32(rank), np.int32(capacity), np.uint32(patience)
+    x.device.launch(replace(ALL_REDUCE, kernels=(name,)), name, grid, THREADS, (mailboxes, x, *sizes))
+
+
+def sum_parts(parts: Array, x: Array) -> None:
+    """x[i] = ((parts[0,i] + parts[1,i]) + parts[2,i]) + ...: float32 (P,n) -> float32 (n)."""
+    P, n = parts.shape
+    expect("parts", parts, (P, n), np.float32)
+    expect("x", x, (n,), np.float32)
+    x.device.launch(SUM_PARTS, "sum_parts", -(-n // THREADS), THREADS, (parts, x, np.int32(P), np.int32(n)))
 
 
 def check_cache(q: Array, keys: Array, values: Array, texts: Array, positions: Array) -> None:

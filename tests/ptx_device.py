@@ -13,6 +13,7 @@ from ptx_machine import Machine
 from ptx_program import Program, parse
 
 from neox.gpu.device import Argument, Array, HostDevice
+from neox.gpu.host.memory import HostMemory
 from neox.gpu.source import Source
 
 
@@ -33,7 +34,9 @@ class PtxDevice(HostDevice):
         self, module: Any, kernel: str, grid: Any, block: Any, arguments: Sequence[Argument], shared_bytes: int
     ) -> None:
         arrays = [a for a in arguments if isinstance(a, Array)]
-        memories = list({id(a.memory): a.memory for a in arrays}.values())
+        pointed = {address for a in arrays if a.dtype == np.uint64 for address in a.get().ravel().tolist()}
+        behind = [memory for memory in HostMemory.living if memory.address in pointed]
+        memories = list({id(memory): memory for memory in (*(a.memory for a in arrays), *behind)}.values())
         values = [np.uint64(getattr(a, "address", 0)) if a is None or isinstance(a, Array) else a for a in arguments]
         for number in range(int(np.prod(grid))):
             index = (number % grid[0], number // grid[0] % grid[1], number // grid[0] // grid[1])

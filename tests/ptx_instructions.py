@@ -156,10 +156,13 @@ def space_of(i: Instruction) -> str:
     for modifier in i.modifiers:
         if modifier in SPACES:
             return modifier
-    raise NotImplementedError(f"PTX: {i}, which may be to any memory")
+    return "global"  # a pointer made of a number may lead anywhere, but nobody makes one of a shared address
 
 
 HINTS = ("L1::no_allocate", "L2::cache_hint", "L2::256B")  # to the caches, which this machine has not
+
+
+SCOPES = ("relaxed", "acquire", "release", "sys")  # of the order of memory, which is always that of the program here
 
 
 def policy(m: Machine, i: Instruction) -> None:
@@ -168,7 +171,7 @@ def policy(m: Machine, i: Instruction) -> None:
 
 
 def load(m: Machine, i: Instruction) -> None:
-    only(i, *SPACES, "nc", "v2", "v4", *HINTS)
+    only(i, *SPACES, "nc", "v2", "v4", *HINTS, *SCOPES)
     dtype = np.dtype(TYPES[i.kind])
     if space_of(i) == "param":
         m.write(i.operands[0], np.full(m.threads, np.asarray(m.parameters[i.operands[1][1:-1]]).astype(dtype)))
@@ -184,7 +187,7 @@ def load(m: Machine, i: Instruction) -> None:
 
 
 def store(m: Machine, i: Instruction) -> None:
-    only(i, *SPACES, "v2", "v4")
+    only(i, *SPACES, "v2", "v4", *SCOPES)
     threads = np.flatnonzero(m.active)
     parts = [m.read(register, i.kind)[threads] for register in registers(i.operands[1])]
     values = np.ascontiguousarray(np.stack(parts, axis=1)).view(np.uint8)
@@ -238,15 +241,29 @@ def branch(m: Machine, i: Instruction) -> None:
     m.next[m.active] = m.program.labels[i.operands[0]]
 
 
+def wait(m: Machine, i: Instruction) -> None:
+    """nanosleep."""
+
+
 def leave(m: Machine, _: Instruction) -> None:
     m.running &= ~m.active
 
 
-def barrier(_: Machine, i: Instruction) -> None:
+def barrier(m: Machine, i: Instruction) -> None:
     """The machine has brought the warp or the block together."""
+    if "red" in i.modifiers:
+        reduce_at_barrier(m, i)
+        return
     only(i, "warp", "sync")
     if i.operands not in (("0",), ("-1",), ("0xffffffff",)):  # the block's first barrier; all lanes
         raise NotImplementedError(f"PTX: {i}")
+
+
+def reduce_at_barrier(m: Machine, i: Instruction) -> None:
+    only(i, "red", "or")
+    if "or" not in i.modifiers or i.operands[1] != "0":
+        raise NotImplementedError(f"PTX: {i}")
+    m.write(i.operands[0], np.full(m.threads, m.read(i.operands[2], "pred").any()))
 
 
 # Warps.
@@ -328,6 +345,7 @@ OPERATIONS: dict[str, Callable[[Machine, Instruction], None]] = {
     "rcp": elementwise(np.reciprocal),
     "rem": elementwise(np.fmod),
     "ret": leave,
+    "nanosleep": wait,
     "selp": select,
     "setp": compare,
     "shfl": shuffle,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 
 VECTOR = re.compile(r"\{([^{};]*)\}")  # braces also enclose the scopes of inline assembly, which hold a semicolon
 OPERAND = re.compile(r"<[^>]*>|\[[^\]]*\]|[^,\s][^,]*")
@@ -28,7 +30,7 @@ class Instruction:
     @property
     def collective(self) -> bool:
         """Whether it takes all threads of a warp or of the block."""
-        return "sync" in self.modifiers
+        return "sync" in self.modifiers or self.of_the_block
 
     @property
     def of_the_block(self) -> bool:
@@ -69,10 +71,18 @@ def _shared(text: str) -> tuple[dict[str, int], int]:
     return offsets, end
 
 
+def _own_names(scope: re.Match[str], numbers: Iterator[int] = count()) -> str:
+    """A block within the program, whose registers may be called as others outside: they get names of their own."""
+    text, number = scope[1], next(numbers)
+    for register in re.findall(r"\.reg\s+\.\w+\s+(%\w+)\s*;", text):
+        text = re.sub(rf"{register}\b", f"{register}_{number}", text)
+    return f";{text};"
+
+
 def _instructions(body: str) -> tuple[tuple[Instruction, ...], dict[str, int]]:
     instructions: list[Instruction] = []
     labels = {}
-    for statement in re.sub(r"[{}]", ";", VECTOR.sub(r"<\1>", body)).split(";"):
+    for statement in re.sub(r"\{([^{}]*)\}", _own_names, VECTOR.sub(r"<\1>", body)).split(";"):
         rest = statement.strip()
         while label := re.match(r"([$\w]+):\s*", rest):
             labels[label[1]] = len(instructions)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from test_host_mutants import MUTANTS as OF_THE_HOST
 from test_kernel_mutants import MUTANTS as OF_KERNELS
+from test_kernels_all_reduce import MUTANTS as OF_THE_PROTOCOL
 from test_kernels_ptx_interpreted import MUTANTS as OF_ASSEMBLY
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,5 +53,5 @@ def test_every_kernel_is_in_the_table() -> None:
 
 
 def test_the_mutants_are_counted() -> None:
-    count = len(OF_KERNELS) + len(OF_THE_HOST) + len(OF_ASSEMBLY)
+    count = sum(map(len, (OF_KERNELS, OF_THE_HOST, OF_ASSEMBLY, OF_THE_PROTOCOL)))
     assert re.findall(r"\[(\d+) mutants\]", TEXT) == [str(count)]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from devices import SCHEDULES, host
+from test_kernels_all_reduce import check_alone, check_sum_parts
 from test_kernels_argmax import check_advance, check_argmax
 from test_kernels_attention_decode import check_attention
 from test_kernels_attention_prefill import check_counting, check_prefill
@@ -32,6 +33,8 @@ CASES: dict[Callable[..., None], tuple[str, list[tuple]]] = {
     check_block: ("LAYER_NORM", [(3, 257, "float32"), (2, 1025, "float16", 1000), (2, 40, "bfloat16", 0, 80000)]),
     check_naive: ("LAYER_NORM", [(33, 37, "float32"), (2, 40, "float16", 1000)]),
     check_pair: ("LAYER_NORM", [(3, 257, "float32"), (2, 1025, "float16", 5)]),
+    check_alone: ("ALL_REDUCE", [(2048, 3), (40, 1)]),
+    check_sum_parts: ("SUM_PARTS", [(3, 300), (1, 7)]),
     check_embedding_share: ("EMBEDDING", [(3, 11, 257, "float32"), (5, 7, 120, "float16")]),
     check_embedding: ("EMBEDDING", [(3, 11, 257, "float32"), (5, 7, 120, "float16")]),
     check_gelu: ("GELU", [(3, 257, a, d, 2) for a in ("gelu", "gelu_fast") for d in ("float32", "float16")]),
@@ -166,6 +169,24 @@ MUTANTS = [
         ("ids[blockIdx.x]", "blockIdx.x"),
         ("ids[blockIdx.x]) * C", "ids[blockIdx.x]) * (C - 1)"),
         ("x + static_cast<long long>(blockIdx.x) * C", "x"),
+    ),
+    # The others of all_reduce.cu need more than one rank: test_kernels_all_reduce.py.
+    *mutants(
+        "all_reduce.cu",
+        check_alone,
+        ("gridDim.x * blockDim.x,", "blockDim.x,"),
+        ("threadIdx.x < RANKS", "threadIdx.x < 0"),
+        ("own->sums = turn", "own->sums = turn + 1"),
+    ),
+    *mutants(
+        "sum_parts.cu",
+        check_sum_parts,
+        ("float sum = parts[i];", "float sum = 0;"),
+        ("int p = 1; p < P", "int p = 1; p < P - 1"),
+        ("int p = 1; p < P", "int p = 1; p <= P"),
+        ("(p) * n + i]", "(P - p) * n + i]"),
+        ("i >= n", "i > n"),
+        ("i >= n", "i >= n - 1"),
     ),
     *mutants(
         "embedding.cu",

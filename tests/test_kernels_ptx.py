@@ -104,6 +104,14 @@ def check_loads(device: Device, source: Source, seed: int = 0) -> None:
     assert np.array_equal(y.get(), x)
 
 
+def check_messages(device: Device, source: Source, seed: int = 0) -> None:
+    x = np.random.default_rng(seed).normal(size=(32, 4)).astype(np.float32)
+    y, seen = device.empty((32, 4), "float32"), device.empty(32, "uint32")
+    device.launch(source, "messages", 1, 32, (device.array(x), device.empty(32, "uint32"), y, seen))
+    assert np.array_equal(y.get(), x)
+    assert seen.get().tolist() == [(i - 5) % 32 for i in range(32)]
+
+
 def check_tile(device: Device, source: Source, dtype: str, by_columns: bool, seed: int = 0) -> None:
     a, b, c = drawn_factors(dtype, seed)
     d = device.array(c)
@@ -121,6 +129,7 @@ def check_all(device: Device, source: Source, seed: int = 0) -> None:
         check_mma(device, source, dtype, seed)
     check_copies(device, source, seed)
     check_loads(device, source, seed)
+    check_messages(device, source, seed)
 
 
 @given(devices(), st.sampled_from(tuple(TYPES)), seeds)
@@ -141,6 +150,11 @@ def test_copies_are_there_once_they_have_been_waited_for(wrappers, device, seed)
 @given(devices(), seeds)
 def test_loads_that_the_caches_forget_are_loads(wrappers, device, seed) -> None:
     check_loads(device, wrappers, seed)
+
+
+@given(devices(), seeds)
+def test_messages_arrive(wrappers, device, seed) -> None:
+    check_messages(device, wrappers, seed)
 
 
 @given(devices(), st.sampled_from(tuple(TYPES)), st.booleans(), seeds)

@@ -75,6 +75,9 @@ MUTANTS = [
     ("cp.async.commit_group;", ""),
     ('"=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)', '"=r"(x.x), "=r"(x.z), "=r"(x.y), "=r"(x.w)'),
     ("v4.u32 {%0,%1,%2,%3}, [%4]", "v4.u32 {%0,%1,%2,%3}, [%4+16]"),
+    ("v4.f32 {%0,%1,%2,%3}, [%4]", "v4.f32 {%1,%0,%2,%3}, [%4]"),
+    ("ld.acquire.sys.global.u32 %0, [%1]", "ld.acquire.sys.global.u32 %0, [%1+4]"),
+    ("st.release.sys.global.u32 [%0], %1", "st.release.sys.global.u32 [%0+4], %1"),
 ]
 
 

@@ -46,6 +46,14 @@ extern "C" __global__ void loads(const float* x, float* y) {
     reinterpret_cast<uint4*>(y)[threadIdx.x] = load_once(x + 4 * threadIdx.x, policy);
 }
 
+// y = x: pieces of 16 bytes, (32), and what was released last in each of 32 words.
+extern "C" __global__ void messages(const float* x, unsigned* words, float* y, unsigned* seen) {
+    store_release_system(words + (threadIdx.x + 5) % 32, threadIdx.x);
+    __syncthreads();
+    seen[threadIdx.x] = load_acquire_system(words + threadIdx.x);
+    reinterpret_cast<float4*>(y)[threadIdx.x] = load_system(reinterpret_cast<const float4*>(x) + threadIdx.x);
+}
+
 // One tile through all of them: D += A B with A (16,16), B (16,8) in T and D in float.
 //
 // BY_COLUMNS: A and B are stored transposed, as (16,16) and (8,16); ldmatrix transposes A then, and B otherwise.

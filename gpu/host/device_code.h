@@ -16,6 +16,7 @@
 #include <sys/mman.h>
 #include <type_traits>
 #include <ucontext.h>
+#include <unistd.h>
 #include <utility>
 
 #define NEOX_HOST 1

@@ -181,13 +181,31 @@ static void say_who() {
     abort();
 }
 
-// A spin loop lets everybody else run first: to the bottom of the stack.
-HOST_UNCHECKED static void yield_here(const char* file, int line) {
-    if (++yields > 2000000) fail("spins for ever at %s:%d", file, line);
+// Everybody else runs first: to the bottom of the stack.
+HOST_UNCHECKED static void let_others_run() {
     ready.bottom = (ready.bottom + 2 * MOST_THREADS - 1) % (2 * MOST_THREADS);
     ready_at(0) = running;
     ready.size++;
     run_another();
+}
+
+HOST_UNCHECKED static void yield_here(const char* file, int line) {  // in a spin loop
+    if (++yields > 2000000) fail("spins for ever at %s:%d", file, line);
+    let_others_run();
+}
+
+// A drawn schedule lets others run also where a thread reads or writes what they share: for a moment, or for so long
+// that they get as far ahead as they can.
+HOST_UNCHECKED static void perhaps_yield() {
+    if (request.order != SEEDED || next_random() % 4) return;
+    for (int turns = next_random() % 8 ? 1 : 64; turns > 0; turns--) let_others_run();
+}
+
+// In a loop that waits for other devices, which are other processes, and has a bound of its own.
+HOST_UNCHECKED static void wait_for_others() {
+    static unsigned waits;
+    if (++waits % 64 == 0) usleep(50);
+    let_others_run();
 }
 
 static bool same_place(const Fiber& a, const Fiber& b) {

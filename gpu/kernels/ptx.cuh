@@ -42,6 +42,27 @@ template <int KEEP> __device__ __forceinline__ void copy_async_wait() { host::as
 __device__ __forceinline__ uint64_t used_once() { return 0; }
 __device__ __forceinline__ uint4 load_once(const void* p, uint64_t) { return *static_cast<const uint4*>(p); }
 
+// Words by which devices speak to each other, and what they leave for each other to read. All that a thread wrote, or has
+// seen written before a barrier, is there for whoever reads a word that it then released.
+__device__ __forceinline__ void store_release_system(unsigned* p, unsigned value) {
+    host::perhaps_yield();
+    __atomic_store_n(p, value, __ATOMIC_RELEASE);
+}
+__device__ __forceinline__ unsigned load_acquire_system(const unsigned* p) {
+    host::perhaps_yield();
+    return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
+__device__ __forceinline__ float4 load_system(const float4* p) {
+    host::perhaps_yield();
+    float4 x;
+    __atomic_load(&p->x, &x.x, __ATOMIC_RELAXED);
+    __atomic_load(&p->y, &x.y, __ATOMIC_RELAXED);
+    __atomic_load(&p->z, &x.z, __ATOMIC_RELAXED);
+    __atomic_load(&p->w, &x.w, __ATOMIC_RELAXED);
+    return x;
+}
+__device__ __forceinline__ void wait_for_others() { host::wait_for_others(); }  // in every turn of a loop that waits
+
 #else
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
@@ -103,5 +124,21 @@ __device__ __forceinline__ uint4 load_once(const void* p, uint64_t policy) {
                  : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p), "l"(policy));
     return x;
 }
+
+__device__ __forceinline__ void store_release_system(unsigned* p, unsigned value) {
+    asm volatile("st.release.sys.global.u32 [%0], %1;" :: "l"(p), "r"(value) : "memory");
+}
+__device__ __forceinline__ unsigned load_acquire_system(const unsigned* p) {
+    unsigned value;
+    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
+    return value;
+}
+__device__ __forceinline__ float4 load_system(const float4* p) {
+    float4 x;
+    asm volatile("ld.relaxed.sys.global.v4.f32 {%0,%1,%2,%3}, [%4];"
+                 : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(p) : "memory");
+    return x;
+}
+__device__ __forceinline__ void wait_for_others() { __nanosleep(20); }
 
 #endif
