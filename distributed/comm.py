@@ -1,7 +1,7 @@
 """What ranks exchange: three collectives, and the ranks of one process that stand in for MPI's.
 
     sum         every rank's array, added up in the order of the ranks: every rank gets the same bits
-    gather      every rank's array, on every rank
+    gather      every rank's array, on every rank; gather_into, where there is a place for them
     broadcast   rank 0's object, on every rank
 
 Floating-point addition is not associative. MPI leaves the order of its sums to the library; here it is part of the
@@ -44,8 +44,16 @@ class Communicator(Protocol):
         """All ranks' arrays, of any shapes, in the order of the ranks."""
         ...
 
+    def gather_into(self, part: Any, parts: Any) -> None:
+        """All ranks' arrays of one shape and dtype, into an array (ranks, ...): of NumPy, or of what MPI can reach."""
+        ...
+
     def broadcast(self, value: Any) -> Any:
         """The value that rank 0 gave; the others' are ignored."""
+        ...
+
+    def meet(self, action: Callable[[], T]) -> T:
+        """What action returns, which waits for other ranks in a way of its own: no collective either."""
         ...
 
     def alive(self) -> None:
@@ -101,8 +109,14 @@ class Alone:
     def gather(self, part: Array) -> list[Array]:
         return [part]
 
+    def gather_into(self, part: Any, parts: Any) -> None:
+        parts[0] = part
+
     def broadcast(self, value: Any) -> Any:
         return value
+
+    def meet(self, action: Callable[[], T]) -> T:
+        return action()
 
     def alive(self) -> None:
         pass
@@ -137,8 +151,15 @@ class VirtualRank:
     def gather(self, part: Array) -> list[Array]:
         return self._meet(part, lambda parts: [each.copy() for each in parts])
 
+    def gather_into(self, part: Any, parts: Any) -> None:
+        for rank, each in enumerate(self.gather(part)):
+            parts[rank] = each
+
     def broadcast(self, value: Any) -> Any:
         return self._meet(value, lambda values: values[0])
+
+    def meet(self, action: Callable[[], T]) -> T:
+        return action()
 
     def alive(self) -> None:
         pass

@@ -141,6 +141,13 @@ def through_layers(shard: DeviceShard, cache: Cache, ids: Array, place: Place, w
         layer(shard, index, work, place, cache.of_layer(index), mix)
 
 
+def fetched(shard: DeviceShard, array: Array) -> NDArray:
+    """In host memory. RuntimeError if a sum on the way to it failed: what is there is NaN then."""
+    values = shard.comm.meet(array.get)
+    shard.sums.check()
+    return values
+
+
 def forward(shard: DeviceShard, ids: ArrayLike) -> NDArray[np.float32]:  # (B,T) -> (B,T,V)
     """Logits of the next token after every position, on every rank; called on all with the same ids.
 
@@ -157,7 +164,7 @@ def forward(shard: DeviceShard, ids: ArrayLike) -> NDArray[np.float32]:  # (B,T)
         layer(shard, index, work, place, cache, mix)
     logits = device.empty((B * T, model.rows_of_head), np.float32)
     unembed(model, work.x, work.normed, logits)
-    return np.concatenate(shard.comm.gather(logits.get()), axis=-1).reshape(B, T, -1)
+    return np.concatenate(shard.comm.gather(fetched(shard, logits)), axis=-1).reshape(B, T, -1)
 
 
 # Decoding.
@@ -172,7 +179,7 @@ def ways_of(shard: DeviceShard) -> Ways:
     def step(_: Model, cache: Cache, step: Step) -> None:
         through_layers(shard, cache, step.ids, step.place, step.work, whole.mix_each(step.place, step.partial))
 
-    return Ways(prompts, step, shard.sums.captured)
+    return Ways(prompts, step, shard.sums.captured, lambda array: fetched(shard, array))
 
 
 def device_decoder(shard: DeviceShard, progress: Callable[[int], object] = lambda positions: None) -> CachedDecoder:

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,8 @@ from neox.reference.model import Array
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+T = TypeVar("T")
 
 PIECE = 1 << 18  # bytes that are added up at a time: all parts of a piece stay in the cache of a processor
 
@@ -108,6 +110,12 @@ class MpiRank:
     def broadcast(self, value: Any) -> Any:
         return self._world.bcast(value)
 
+    def gather_into(self, part: Any, parts: Any) -> None:
+        self._world.Allgather(part, parts)
+
+    def meet(self, action: Callable[[], T]) -> T:
+        return action()
+
     def alive(self) -> None:
         pass
 
@@ -124,17 +132,18 @@ class MpiRank:
 # Which way.
 
 
-def _known(rank: int, size: int) -> Array:
+def known(rank: int, size: int) -> Array:
     """Numbers of very different sizes: a sum of them tells in which order they were added."""
     generator = np.random.default_rng([rank, size])
-    return generator.standard_normal(size, np.float32) * np.float32(10) ** generator.integers(-4, 5, size)
+    sizes = np.float32(10) ** generator.integers(-4, 5, size).astype(np.float32)
+    return generator.standard_normal(size, np.float32) * sizes
 
 
 def adds_up(summation: Summation, rank: int, ranks: int) -> bool:
     """Whether it gives the right bits here: for one number, a row of the 20B, and several pieces."""
     for size in (1, 6144, 2 * PIECE // 4 + 3):
-        expected = sum_in_rank_order([_known(each, size) for each in range(ranks)])
-        if not np.array_equal(summation.sum(_known(rank, size)), expected):
+        expected = sum_in_rank_order([known(each, size) for each in range(ranks)])
+        if not np.array_equal(summation.sum(known(rank, size)), expected):
             return False
     return True
 

@@ -86,8 +86,14 @@ class Watched:
     def gather(self, part: Array) -> list[Array]:
         return self._call(self.inner.gather, part)
 
+    def gather_into(self, part: Any, parts: Any) -> None:
+        return self._call(lambda part: self.inner.gather_into(part, parts), part)
+
     def broadcast(self, value: Any) -> Any:
         return self._call(self.inner.broadcast, value)
+
+    def meet(self, action: Callable[[], T]) -> T:
+        return self._call(lambda _: self.inner.meet(action), None)
 
     def alive(self) -> None:
         self.pulse.beat()

@@ -56,6 +56,7 @@ class Timed:
     def __post_init__(self) -> None:
         self.rank, self.ranks = self.inner.rank, self.inner.ranks
         self.gather, self.broadcast, self.alive = self.inner.gather, self.inner.broadcast, self.inner.alive
+        self.gather_into, self.meet = self.inner.gather_into, self.inner.meet
 
     def sum(self, part: Array) -> Array:
         start = time.perf_counter()

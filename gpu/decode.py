@@ -155,6 +155,7 @@ class Ways:
     prompts: Callable[[Model, Cache, Array, Place, Workspace, Mix], None] = through_layers
     step: Callable[[Model, Cache, Step], None] = step_through_layers
     captured: bool = True  # whether a graph can hold a step
+    fetch: Callable[[Array], NDArray] = Array.get  # what a step has computed
 
 
 WHOLE = Ways()
@@ -278,7 +279,7 @@ class CachedDecoder:
         self._lengths = lengths
 
     def _outcome(self) -> NDArray:
-        return self._step.logits.get()
+        return self._ways.fetch(self._step.logits)
 
 
 class GreedyDecoder(CachedDecoder):

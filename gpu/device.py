@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import time
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from neox.gpu import cublas
 from neox.gpu.host.build import MODES, build, compiler
-from neox.gpu.host.memory import HostMemory
+from neox.gpu.host.memory import HostMemory, SharedMemory
 from neox.gpu.host.module import ORDERS, HostModule, Pointer
 from neox.gpu.host.sanitize import require
 from neox.gpu.source import Source
@@ -202,6 +203,18 @@ class Device(ABC):
         if first < last:
             self._copy_positions(source, target, first, last)
 
+    def share(self, size: int) -> tuple[Array, bytes]:
+        """Bytes that other processes can give to their kernels, and what they must be told to `attach` them."""
+        self._refuse("an allocation")
+        memory, address, handle = self._share(size)
+        return Array(self, memory, address, (size,), np.dtype(np.uint8)), handle
+
+    def attach(self, handle: bytes, size: int) -> Array:
+        """What another process shares. InputError if its device's memory cannot be reached from here."""
+        self._refuse("an allocation")
+        memory, address = self._attach(handle, size)
+        return Array(self, memory, address, (size,), np.dtype(np.uint8))
+
     def capture(self, function: Callable[[], None]) -> Graph:
         """The launches that a function makes, as a graph. CaptureError if it does what cannot be captured."""
         self._refuse("another capture")
@@ -227,6 +240,15 @@ class Device(ABC):
     @abstractmethod
     def shared_bytes(self) -> int:
         """Of shared memory, the most that a block can have."""
+
+    @property
+    @abstractmethod
+    def stream(self) -> int:
+        """By which CUDA's libraries know the one stream. InputError if this is no card."""
+
+    @abstractmethod
+    def nccl(self) -> Any:
+        """CuPy's module of NCCL. InputError if there is none, or this is no card."""
 
     def mark(self) -> Any:
         """The moment at which everything asked for so far has run. Nothing is waited for."""
@@ -278,6 +300,12 @@ class Device(ABC):
     @abstractmethod
     def _allocate(self, size: int) -> tuple[Any, int]:
         """Memory of this many bytes and its address."""
+
+    @abstractmethod
+    def _share(self, size: int) -> tuple[Any, int, bytes]: ...
+
+    @abstractmethod
+    def _attach(self, handle: bytes, size: int) -> tuple[Any, int]: ...
 
     @abstractmethod
     def _free_memory(self) -> int: ...
@@ -395,8 +423,26 @@ class HostDevice(Device):
     def shared_bytes(self) -> int:
         return LARGEST_SHARED_BYTES
 
+    @property
+    def stream(self) -> int:
+        raise InputError("the host device is no card")
+
+    def nccl(self) -> Any:
+        raise InputError("NCCL connects cards, not the host device")
+
     def _allocate(self, size: int) -> tuple[Any, int]:
         memory = HostMemory(size)
+        return memory, memory.address
+
+    def _share(self, size: int) -> tuple[Any, int, bytes]:
+        memory = SharedMemory(size)
+        return memory, memory.address, memory.name.encode()
+
+    def _attach(self, handle: bytes, size: int) -> tuple[Any, int]:
+        try:
+            memory = SharedMemory(size, handle.decode())
+        except OSError as error:
+            raise InputError(f"memory of another process cannot be opened: {error}") from error
         return memory, memory.address
 
     def _free_memory(self) -> int:
@@ -474,6 +520,10 @@ class HostDevice(Device):
         self._values(target)[...] = values
 
 
+class Owner:
+    """Lives as long as memory that CuPy has borrowed."""
+
+
 @dataclass(eq=False)
 class CudaDevice(Device):
     """A card, through CuPy.
@@ -503,10 +553,43 @@ class CudaDevice(Device):
     def shared_bytes(self) -> int:
         return int(self._cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"])
 
+    @property
+    def stream(self) -> int:
+        return int(self._stream.ptr)
+
+    def nccl(self) -> Any:
+        try:
+            from cupy.cuda import nccl
+        except ImportError as error:
+            raise InputError("there is no NCCL that CuPy can load") from error
+        if not nccl.available:
+            raise InputError("there is no NCCL that CuPy can load")
+        return nccl
+
     def _allocate(self, size: int) -> tuple[Any, int]:
         with self._stream:
             memory = self._cupy.cuda.alloc(size)
         return memory, memory.ptr
+
+    def _share(self, size: int) -> tuple[Any, int, bytes]:
+        """Not of CuPy's pool: a handle means a whole allocation."""
+        runtime = self._cupy.cuda.runtime
+        address = runtime.malloc(size)
+        return self._borrowed(address, size, runtime.free), address, runtime.ipcGetMemHandle(address)
+
+    def _attach(self, handle: bytes, size: int) -> tuple[Any, int]:
+        runtime = self._cupy.cuda.runtime
+        try:
+            address = runtime.ipcOpenMemHandle(handle)
+        except runtime.CUDARuntimeError as error:
+            raise InputError(f"the memory of another card cannot be reached: {error}") from error
+        return self._borrowed(address, size, runtime.ipcCloseMemHandle), address
+
+    def _borrowed(self, address: int, size: int, give_back: Callable[[int], object]) -> Any:
+        """Memory that CuPy did not allocate, as its own look like."""
+        owner = Owner()
+        weakref.finalize(owner, give_back, address)
+        return self._cupy.cuda.MemoryPointer(self._cupy.cuda.UnownedMemory(address, size, owner), 0)
 
     def _free_memory(self) -> int:
         unused = self._cupy.get_default_memory_pool().free_bytes()  # given back to CuPy, but not to the card

@@ -305,8 +305,8 @@ def all_reduce(
 ) -> None:
     """x = the sum of all ranks' x, in their order: float32 (n), n a multiple of 4, up to capacity.
 
-    mailboxes: uint64 (P), addresses of mailbox_bytes(capacity) bytes each, zeros at first, which every rank's device can
-    read and write. All ranks launch the same; patience: looks for another rank before x becomes NaN.
+    mailboxes: uint64 (P), addresses of mailbox_bytes(capacity) bytes each, the first MAILBOX_BYTES of them 0 at first,
+    which every rank's device can read and write. patience: looks for another rank before x becomes NaN.
     """
     (P,), (n,) = mailboxes.shape, x.shape
     expect("mailboxes", mailboxes, (P,), np.uint64)

@@ -99,6 +99,9 @@ class CountedSums:
         self.counts["sum"] = self.counts.get("sum", 0) + 1
         self.inner.add_up(array)
 
+    def check(self) -> None:
+        self.inner.check()
+
 
 def collectives_of_a_token(config: Config) -> dict[str, int]:
     m, counts = drawn(config, 1, "float32"), []
@@ -127,9 +130,11 @@ def norms_of_each_rank_are_kept() -> None:
     text = np.random.default_rng(5).integers(0, CONFIG.vocab_size, (1, 5))
     for ranks in (2, 3):
         models = [with_norms_of_their_own(m, rank) for rank in range(ranks)]
-        results = comm.virtual(
-            ranks, lambda group, models=models: device.forward(part(models[group.rank], group, "float32"), text)
-        )
+
+        def program(group: comm.Communicator, models: list[Model] = models) -> NDArray:
+            return device.forward(part(models[group.rank], group, "float32"), text)
+
+        results = comm.virtual(ranks, program)
         expected = unmerged(models, text[0])
         # Some twenty roundings of float32 follow one another.
         assert np.abs(results[0][0] - expected).max() <= 20 * 2.0**-24 * np.abs(expected).max()

@@ -68,9 +68,16 @@ class Counted:
         self.counts["gather"] = self.counts.get("gather", 0) + 1
         return self.inner.gather(part)
 
+    def gather_into(self, part: Any, parts: Any) -> None:
+        self.counts["gather"] = self.counts.get("gather", 0) + 1
+        self.inner.gather_into(part, parts)
+
     def broadcast(self, value: Any) -> Any:
         self.counts["broadcast"] = self.counts.get("broadcast", 0) + 1
         return self.inner.broadcast(value)
+
+    def meet(self, action: Callable[[], Any]) -> Any:
+        return self.inner.meet(action)
 
     def alive(self) -> None:
         self.inner.alive()

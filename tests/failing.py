@@ -1,6 +1,6 @@
 """A program one rank of which goes wrong, in the middle of the others' work.
 
-mpiexec -n N python failing.py HOW [RANK] [TIMEOUT] [FOLDER]
+mpiexec -n N python failing.py HOW [RANK] [TIMEOUT] [FOLDER] [WAY]      WAY: how devices add up, instead of hosts
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ import numpy as np
 from neox.distributed import Communicator, load
 from neox.distributed.comm import agreed
 from neox.distributed.launch import run_ranks
+from neox.distributed.sums import choose_sums
+from neox.gpu.device import HostDevice
 from neox.reference.errors import InputError
 
 
@@ -41,11 +44,24 @@ def hang_here() -> None:
     time.sleep(1000)
 
 
-def main(how: str, wrong: str = "1", timeout: str = "", folder: str = "") -> None:
+def on_devices(comm: Communicator, way: str) -> Callable[[], object]:
+    """A sum that goes on for ever, and stays 0."""
+    device = HostDevice(mode="fast")
+    sums, x = choose_sums(comm, device, way), device.zeros(6144, np.float32)
+
+    def add_up() -> None:
+        sums.add_up(x)
+        assert not x.get().any()
+
+    return add_up
+
+
+def main(how: str, wrong: str = "1", timeout: str = "", folder: str = "", way: str = "") -> None:
     def program(comm: Communicator) -> None:
-        x = np.ones(6144, np.float32)
+        x = np.zeros(6144, np.float32)
+        add_up = on_devices(comm, way) if way else lambda: comm.sum(x)
         for _ in range(3):
-            x = comm.sum(x)
+            add_up()
         if how == "another checkpoint":
             load(Path(folder) / str(comm.rank), comm)
         if how == "agreed":
@@ -55,7 +71,7 @@ def main(how: str, wrong: str = "1", timeout: str = "", folder: str = "") -> Non
                 return
             go_wrong(how)
         while how != "nothing":  # until the end comes
-            comm.sum(x)
+            add_up()
 
     run_ranks(None, program, timeout=float(timeout) if timeout else None)
 

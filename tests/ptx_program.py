@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count
 
 VECTOR = re.compile(r"\{([^{};]*)\}")  # braces also enclose the scopes of inline assembly, which hold a semicolon
 OPERAND = re.compile(r"<[^>]*>|\[[^\]]*\]|[^,\s][^,]*")
@@ -71,9 +69,9 @@ def _shared(text: str) -> tuple[dict[str, int], int]:
     return offsets, end
 
 
-def _own_names(scope: re.Match[str], numbers: Iterator[int] = count()) -> str:
+def _own_names(scope: re.Match[str]) -> str:
     """A block within the program, whose registers may be called as others outside: they get names of their own."""
-    text, number = scope[1], next(numbers)
+    text, number = scope[1], scope.start()
     for register in re.findall(r"\.reg\s+\.\w+\s+(%\w+)\s*;", text):
         text = re.sub(rf"{register}\b", f"{register}_{number}", text)
     return f";{text};"

@@ -109,7 +109,7 @@ MUTANTS = (
         "logits in the wrong order",
         RIGHT,
         "forward",
-        ("shard.comm.gather(logits.get())", "shard.comm.gather(logits.get())[::-1]"),
+        ("shard.comm.gather(fetched(shard, logits))", "shard.comm.gather(fetched(shard, logits))[::-1]"),
     ),
     mutant(
         "two sums a layer",

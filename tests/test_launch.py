@@ -49,13 +49,16 @@ def test_the_program_starts_its_own_ranks(expected: str):
 
 
 @needs_mpi
-@pytest.mark.parametrize("way", [[], ["--allreduce", "host"]])
-def test_ranks_with_devices_write_the_same_text(way: list[str], expected: str):
-    job = generate(*TEXT, "--tensor-parallel", "2", "--backend", "gpu", "--device", "host", "--dtype", "float32", *way)
+@pytest.mark.parametrize(
+    ("flag", "way"), [(None, "ipc"), ("ipc", "ipc"), ("mpi", "mpi"), ("host", "host"), ("window", "host")]
+)
+def test_ranks_with_devices_write_the_same_text(flag: str | None, way: str, expected: str):
+    flags = ["--backend", "gpu", "--device", "host", "--dtype", "float32", *(["--allreduce", flag] if flag else [])]
+    job = generate(*TEXT, "--tensor-parallel", "2", *flags)
     assert job.status == 0, job.stderr
     assert job.stdout == expected
     assert job.stderr.count("weights: of each rank") == 1
-    assert "devices add up by host" in job.stderr
+    assert f"devices add up by {way}" in job.stderr
     assert not job.left
     assert not job.leaked
 
@@ -158,7 +161,7 @@ def test_an_mpiexec_of_another_mpi_is_noticed():
         (["--tensor-parallel", "2", "--allreduce", "host"], "--allreduce must be one of window, allgather, not"),
         (
             ["--backend", "gpu", "--tensor-parallel", "2", "--allreduce", "pigeon"],
-            "must be one of window, allgather, host",
+            "must be one of window, allgather, ipc, nccl, mpi, host",
         ),
         (["--backend", "gpu", "--layer-norms", "fold"], "--layer-norms belongs to"),
     ],

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from neox.distributed import virtual
 from neox.distributed.comm import sum_in_rank_order
-from neox.distributed.mpi import PIECE, _in_pieces, _known, adds_up
+from neox.distributed.mpi import PIECE, _in_pieces, adds_up, known
 from neox.reference import generate, load, shipped
 
 PROGRAM = Path(__file__).with_name("battery.py")
@@ -93,7 +93,7 @@ class InSomeOrder:
         self.how, self.ranks = how, ranks
 
     def sum(self, part: NDArray) -> NDArray:
-        parts = [_known(rank, part.size) for rank in range(self.ranks)]
+        parts = [known(rank, part.size) for rank in range(self.ranks)]
         if self.how == "tree":
             while len(parts) > 1:
                 parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]

@@ -12,6 +12,7 @@ from test_checkpoint import random_tensors, write_single
 
 PROGRAM = Path(__file__).with_name("failing.py")
 STARTING = 3.0  # seconds that starting three ranks may take on a busy machine; it is 0.5 on an idle one
+COMPILING = 20.0  # the first time; all ranks at once
 ENDING = 3.0  # seconds that ending them may take
 
 FAILURES = {
@@ -48,6 +49,26 @@ def test_all_ranks_end_and_one_line_says_why(how: str):
     assert job.status != 0
     assert status in (None, job.status)
     assert job.seconds < STARTING + ENDING
+    assert_nothing_left(job)
+
+
+@needs_mpi
+@pytest.mark.parametrize("way", ["ipc", "mpi"])
+@pytest.mark.parametrize("how", ["raise", "os._exit(0)", "SIGKILL"])
+def test_kernels_that_wait_for_a_rank_end_too(how: str, way: str):
+    job = mpiexec(3, PROGRAM, how, "1", "", "", way)
+    assert lines_of_errors(job) == [FAILURES[how][0]], job.stderr
+    assert job.status != 0
+    assert job.seconds < COMPILING + ENDING
+    assert_nothing_left(job)
+
+
+@needs_mpi
+def test_a_rank_that_hangs_while_kernels_wait_for_it_is_the_one_that_is_named():
+    job = mpiexec(3, PROGRAM, "hang", "2", "4", "", "ipc")
+    (said,) = lines_of_errors(job)
+    assert re.fullmatch(r"error: rank 2 of 3 made no progress for \d s \(--timeout\); above, where it was", said)
+    assert "in hang_here" in job.stderr
     assert_nothing_left(job)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import weakref
 from typing import ClassVar
 
@@ -70,6 +71,32 @@ class HostMemory:
                 found = f"{distance} byte(s) {side} an array of {self.size} bytes"
                 part[:] = PATTERN
         return found
+
+
+class SharedMemory:
+    """`size` bytes, zeros at first, that other processes of this machine can map as well; gone with the last of them.
+
+    The file behind it has no name, so nothing can be left over; others find it among the open files of this process.
+    """
+
+    def __init__(self, size: int, opened: str | None = None) -> None:
+        """opened: the `name` of what another process has made. OSError if it is not there, or something else is."""
+        if opened is not None and not os.readlink(opened).startswith("/memfd:neox"):
+            raise OSError(f"{opened} is another file")
+        file = os.memfd_create("neox") if opened is None else os.open(opened, os.O_RDWR)
+        if opened is None:
+            os.ftruncate(file, size)
+        self._mapping = mmap.mmap(file, size)
+        self._file = file
+        self.name = f"/proc/{os.getpid()}/fd/{file}"
+        self.size = size
+        self.bytes: NDArray[np.uint8] = np.frombuffer(self._mapping, np.uint8)
+        self.address: int = self.bytes.ctypes.data
+        weakref.finalize(self, os.close, file)
+
+    def trespass(self) -> str | None:
+        """What is beside it is not known."""
+        return None
 
 
 _stacks: dict[int, tuple[int, int]] = {}
