@@ -141,11 +141,13 @@ def known(rank: int, size: int) -> Array:
 
 def adds_up(summation: Summation, rank: int, ranks: int) -> bool:
     """Whether it gives the right bits here: for one number, a row of the 20B, and several pieces."""
-    for size in (1, 6144, 2 * PIECE // 4 + 3):
+
+    def right(size: int) -> bool:
         expected = sum_in_rank_order([known(each, size) for each in range(ranks)])
-        if not np.array_equal(summation.sum(known(rank, size)), expected):
-            return False
-    return True
+        return np.array_equal(summation.sum(known(rank, size)), expected)
+
+    found = [right(size) for size in (1, 6144, 2 * PIECE // 4 + 3)]  # also after a wrong one, as on the other ranks
+    return all(found)
 
 
 def ranks_here(world: MPI.Intracomm) -> int:

@@ -194,12 +194,14 @@ WAYS: dict[str, Callable[[Communicator, Device], Sums]] = {  # the fastest first
 
 def adds_up(sums: Sums, device: Device, rank: int, ranks: int) -> bool:
     """Whether it gives the right bits here: for four numbers, a row of the 20B, and several pieces."""
-    for size in (4, 6144, CAPACITY + 8):
+
+    def right(size: int) -> bool:
         part = device.array(known(rank, size))
         sums.add_up(part)
-        if not np.array_equal(part.get(), sum_in_rank_order([known(each, size) for each in range(ranks)])):
-            return False
-    return True
+        return np.array_equal(part.get(), sum_in_rank_order([known(each, size) for each in range(ranks)]))
+
+    found = [right(size) for size in (4, 6144, CAPACITY + 8)]  # also after a wrong one, as on the other ranks
+    return all(found)
 
 
 def _tried(name: str, comm: Communicator, device: Device) -> Sums:

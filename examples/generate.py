@@ -362,7 +362,10 @@ def on_rank(args: argparse.Namespace, sums: str | None, comm: Communicator) -> N
 
     def load_shard(folder: Path) -> distributed.AnyShard:
         how: dict[str, Any] = {"weights": args.weights or "auto", "layer_norms": args.layer_norms or "mean"}
-        where = {"device": args.device or "cuda", "sums": sums}  # of which the reference takes no notice
+        where: dict[str, Any] = {
+            "device": args.device or "cuda",
+            "sums": sums,
+        }  # of which the reference takes no notice
         return distributed.load(folder, comm, args.backend, args.dtype, **how, **where, **overrides(args.set))
 
     if comm.rank:

@@ -31,7 +31,8 @@ from neox.reference.errors import InputError
 
 def loaded(ranks: int, *paths: Path, **options: Any) -> list[Shard]:
     """On every rank; from one folder, or each from its own."""
-    return virtual(ranks, lambda comm: load(paths[comm.rank % len(paths)], comm, **options))
+    parts = virtual(ranks, lambda comm: load(paths[comm.rank % len(paths)], comm, **options))
+    return [part for part in parts if isinstance(part, Shard)]
 
 
 def arrays_held(part: Shard) -> list[np.ndarray]:
