@@ -156,7 +156,8 @@ def forward(shard: DeviceShard, ids: ArrayLike) -> NDArray[np.float32]:  # (B,T)
     ids = checked(shard.config, ids)
     model, device, (B, T) = shard.model, shard.model.device, ids.shape
     keys = (B, model.heads, T, shard.config.head_dim)
-    cache = device.empty(keys, model.dtype), device.empty(keys, model.dtype)  # each layer overwrites the last one's
+    # Each layer overwrites the last one's.
+    cache = device.empty(keys, model.dtype), device.empty(keys, model.dtype), whole.one_page_each(device, B)
     place, mix = whole.placed(model, *(a.ravel().astype(np.int32) for a in np.indices((B, T))))
     work = whole.new_workspace(model, B * T)
     embed(shard, device.array(ids.ravel().astype(np.int32)), work)

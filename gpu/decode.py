@@ -32,6 +32,7 @@ from neox.gpu.model import (
     layer,
     mix_each,
     new_workspace,
+    one_page_each,
     placed,
     unembed,
 )
@@ -47,15 +48,16 @@ SMALLEST_SHARE = 128  # keys
 class Cache:
     """Keys (after rotation) and values of all layers."""
 
-    keys: Array  # (L,B,H,S,D), S up to the capacity
-    values: Array  # (L,B,H,S,D)
+    keys: Array  # (L,pages,H,S,D)
+    values: Array  # (L,pages,H,S,D)
+    pages: Array  # int32 (B,P): in which a text's positions lie, S in each
 
     def of_layer(self, index: int) -> Keys:
-        return self.keys[index], self.values[index]
+        return self.keys[index], self.values[index], self.pages
 
 
 def new_cache(model: Model, batch: int, capacity: int) -> Cache:
-    """InputError if the device has not enough memory for `batch` texts of up to `capacity` positions."""
+    """One page for each text, of `capacity` positions. InputError if the device has not enough memory."""
     config, device = model.config, model.device
     shape = (config.num_hidden_layers, batch, model.heads, capacity, config.head_dim)
     position = 2 * config.num_hidden_layers * model.heads * config.head_dim * model.dtype.itemsize  # bytes of one
@@ -65,7 +67,7 @@ def new_cache(model: Model, batch: int, capacity: int) -> Cache:
             f"the keys and values of {batch} text(s) of {capacity} tokens take {needed / 1e9:.3g} GB, and the device "
             f"has {free / 1e9:.3g} GB free: {free // position // batch} tokens each would fit"
         )
-    return Cache(device.empty(shape, model.dtype), device.empty(shape, model.dtype))
+    return Cache(device.empty(shape, model.dtype), device.empty(shape, model.dtype), one_page_each(device, batch))
 
 
 @dataclass(frozen=True)

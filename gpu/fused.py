@@ -38,6 +38,7 @@ def fused_qkv(
     q: Array,
     keys: Array,
     values: Array,
+    pages: Array,
     taken: Array,
     *,
     blocks: int | None = None,
@@ -45,24 +46,25 @@ def fused_qkv(
     """Norm, product with query_key_value, bias and rotation of N positions; their keys and values are appended.
 
     x: float32 (N,C); gain, shift: (C) of the norm; weight: (3C,C); bias: (3C) or None; cos, sin: float32 (P,R/2);
-    texts, positions: int32 (N), which must lie in the cache and the tables; q: (N,C); keys, values: (B,H,S,D); taken:
-    uint32 (1).
+    texts, positions: int32 (N), which must lie in the cache and the tables; q: (N,C); keys, values: (pages,H,S,D);
+    pages: int32 (B,P), of each text; taken: uint32 (1).
     """
-    (N, C), (_, _, S, D), (P, half) = x.shape, keys.shape, cos.shape
+    (N, C), (_, _, S, D), (known, half) = x.shape, keys.shape, cos.shape
     _check_norm(x, gain, shift, weight)
-    ops.check_cache(q, keys, values, texts, positions)
+    ops.check_cache(q, keys, values, pages, texts, positions)
     expect("q", q, (N, C), weight.dtype)
     expect("weight", weight, (3 * C, C), weight.dtype)
     if bias is not None:
         expect("bias", bias, (3 * C,), weight.dtype)
     for table in (cos, sin):
-        expect("cos and sin", table, (P, half), np.float32)
+        expect("cos and sin", table, (known, half), np.float32)
     if not 0 < 2 * half <= D or D % 8:
         raise ValueError(f"{2 * half} of {D} dims cannot be rotated, or {D} is no multiple of 8")
     expect("taken", taken, (1,), np.uint32)
     name = f"fused_qkv<{_type_of(weight)}, {_rows(N)}>"
-    sizes = (np.int32(N), np.int32(C), np.int32(D), np.int32(2 * half), np.int32(S), np.float32(eps))
-    arguments = (x, gain, shift, weight, bias, cos, sin, texts, positions, q, keys, values, taken, *sizes)
+    sizes = (np.int32(N), np.int32(C), np.int32(D), np.int32(2 * half), np.int32(pages.shape[1]), np.int32(S))
+    cache = (keys, values, pages)
+    arguments = (x, gain, shift, weight, bias, cos, sin, texts, positions, q, *cache, taken, *sizes, np.float32(eps))
     _launch(replace(ops.FUSED_QKV, kernels=(name,)), N, 3 * C, blocks, arguments, _normed_bytes(N, C))
 
 
@@ -78,6 +80,7 @@ def fused_mlp(
     q: Array,
     keys: Array,
     values: Array,
+    pages: Array,
     texts: Array,
     positions: Array,
     partial: Array,
@@ -94,7 +97,7 @@ def fused_mlp(
     """
     (N, C), (F, _), (_, H, S, D), splits = x.shape, up.shape, keys.shape, partial.shape[2]
     _check_norm(x, gain, shift, up)
-    ops.check_cache(q, keys, values, texts, positions)
+    ops.check_cache(q, keys, values, pages, texts, positions)
     for name, array, shape in (
         ("q", q, (N, C)),
         ("z", z, (N, C)),
@@ -109,9 +112,9 @@ def fused_mlp(
     if D % 8 or D > LARGEST_HEAD_DIM or F % 8:
         raise ValueError(f"head_dim {D} and {F} must be multiples of 8, and head_dim at most {LARGEST_HEAD_DIM}")
     name = f"fused_mlp<{_type_of(up)}, {ops.ACTIVATIONS[activation]}, {D}, {_rows(N)}>"
-    arguments: list[Argument] = [x, gain, shift, up, up_bias, activated, q, keys, values, texts, positions, partial, z]
-    arguments += [arrived, taken, np.int32(x.device.multiprocessors)]
-    arguments += [np.int32(splits), np.int32(N), np.int32(C), np.int32(F), np.int32(S), np.float32(eps)]
+    arguments: list[Argument] = [x, gain, shift, up, up_bias, activated, q, keys, values, pages, texts, positions]
+    arguments += [partial, z, arrived, taken, np.int32(x.device.multiprocessors), np.int32(splits)]
+    arguments += [*map(np.int32, (N, C, F, pages.shape[1], S)), np.float32(eps)]
     shared = max(_normed_bytes(N, C), _groups_bytes(D))
     _launch(replace(ops.FUSED_MLP, kernels=(name,)), N, F, blocks, arguments, shared)
 

@@ -181,7 +181,7 @@ def layer_norm(x: Array, p: LayerNorm, eps: float, out: Array) -> None:  # float
     ops.layer_norm(x, p.weight, p.bias, eps, out)
 
 
-Keys = tuple[Array, Array]  # keys and values of one layer, 2 x (B,H,S,D)
+Keys = tuple[Array, Array, Array]  # keys and values of one layer, 2 x (pages,H,S,D); the texts' pages, int32 (B,P)
 Rotary = tuple[Array, Array]  # cos, sin
 Mix = Callable[
     [Array, Keys, Array], None
@@ -246,6 +246,11 @@ def unembed(model: Model, x: Array, normed: Array, logits: Array) -> None:  # fl
     linear(normed, Linear(model.params.embed_out, None), logits)
 
 
+def one_page_each(device: Device, count: int) -> Array:  # int32 (B,1)
+    """The pages of texts each of which has one row of a cache (B,H,S,D)."""
+    return device.array(np.arange(count, dtype=np.int32)[:, None])
+
+
 def mix_together(tiles: Array) -> Mix:
     """Many positions of each text at a time. tiles: of ops.query_tiles."""
 
@@ -293,7 +298,7 @@ def _forward(model: Model, ids: NDArray) -> NDArray[np.float32]:
     """What is cached of one layer serves no other: here each overwrites the last one's."""
     config, device, (B, T) = model.config, model.device, ids.shape
     shape = (B, config.num_attention_heads, T, config.head_dim)
-    cache = device.empty(shape, model.dtype), device.empty(shape, model.dtype)
+    cache = device.empty(shape, model.dtype), device.empty(shape, model.dtype), one_page_each(device, B)
     place, mix = placed(model, *(a.ravel().astype(np.int32) for a in np.indices((B, T))))
     work = new_workspace(model, B * T)
     embed(model, device.array(ids.ravel().astype(np.int32)), work)

@@ -173,35 +173,43 @@ def rotary_append(
     q: Array,
     keys: Array,
     values: Array,
+    pages: Array,
 ) -> None:
     """Bias and rotation of N positions, each of a text of the cache, to which their keys and values are appended.
 
     qkv: float32 (N,3C) of the product; bias: (3C) or None; cos, sin: float32 (P,R/2); texts, positions: int32 (N),
-    which must lie in the cache and the tables; q: (N,C); keys, values: (B,H,S,D).
+    which must lie in the cache and the tables; q: (N,C); keys, values: (pages,H,S,D); pages: int32 (B,P), of each text.
     """
-    (N, C), (_, H, S, D), (P, half) = q.shape, keys.shape, cos.shape
-    check_cache(q, keys, values, texts, positions)
+    (N, C), (_, H, S, D), (known, half) = q.shape, keys.shape, cos.shape
+    check_cache(q, keys, values, pages, texts, positions)
     expect("qkv", qkv, (N, 3 * C), np.float32)
     if bias is not None:
         expect("bias", bias, (3 * C,), q.dtype)
     for table in (cos, sin):
-        expect("cos and sin", table, (P, half), np.float32)
+        expect("cos and sin", table, (known, half), np.float32)
     if not 0 < 2 * half <= D:
         raise ValueError(f"{2 * half} of {D} dims cannot be rotated")
-    sizes = (np.int32(H), np.int32(D), np.int32(2 * half), np.int32(S))
-    arguments = (qkv, bias, cos, sin, texts, positions, q, keys, values, *sizes)
+    sizes = (np.int32(H), np.int32(D), np.int32(2 * half), np.int32(pages.shape[1]), np.int32(S))
+    arguments = (qkv, bias, cos, sin, texts, positions, q, keys, values, pages, *sizes)
     q.device.launch(ROTARY_APPEND, f"rotary_append<{type_of(q)}>", N * H, min(D, THREADS), arguments)
 
 
 def attention_decode(
-    q: Array, keys: Array, values: Array, texts: Array, positions: Array, partial: Array, out: Array
+    q: Array,
+    keys: Array,
+    values: Array,
+    pages: Array,
+    texts: Array,
+    positions: Array,
+    partial: Array,
+    out: Array,
 ) -> None:
-    """One query of each of N texts over the cache: (N,C), 2 x (B,H,S,D), 2 x int32 (N) -> (N,C).
+    """One query of each of N texts over the cache: (N,C), 2 x (pages,H,S,D), int32 (B,P), 2 x int32 (N) -> (N,C).
 
     A query sees the positions of its text up to its own. partial: float32 (N,H,splits,D+2), of as many splits as the
     keys are to be shared out over. D must be a multiple of 8, up to 768.
     """
-    check_cache(q, keys, values, texts, positions)
+    check_cache(q, keys, values, pages, texts, positions)
     (N, C), (_, H, S, D), splits = q.shape, keys.shape, partial.shape[2]
     if D % 8 or D > 768:
         raise ValueError(f"head_dim must be a multiple of 8, at most 768, not {D}")
@@ -210,19 +218,22 @@ def attention_decode(
     T = type_of(q)
     names = (f"attention_decode_split<{T}, {D}>", f"attention_decode_combine<{T}>")
     source, launch = replace(ATTENTION_DECODE, kernels=names), out.device.launch  # of all head_dims, only this one's
-    arguments = (q, keys, values, texts, positions, partial, np.int32(H), np.int32(S))
+    sizes = (np.int32(H), np.int32(pages.shape[1]), np.int32(S))
+    arguments = (q, keys, values, pages, texts, positions, partial, *sizes)
     launch(source, names[0], (N * H, splits), ATTENTION_THREADS, arguments)
     launch(source, names[1], N * H, min(D, THREADS), (partial, out, np.int32(splits), np.int32(D)))
 
 
-def attention_decode_naive(q: Array, keys: Array, values: Array, texts: Array, positions: Array, out: Array) -> None:
+def attention_decode_naive(
+    q: Array, keys: Array, values: Array, pages: Array, texts: Array, positions: Array, out: Array
+) -> None:
     """The same for any D, one thread to a number."""
-    check_cache(q, keys, values, texts, positions)
+    check_cache(q, keys, values, pages, texts, positions)
     (N, C), (_, H, S, D) = q.shape, keys.shape
     expect("out", out, (N, C), q.dtype)
     name = f"attention_decode_naive<{type_of(q)}>"
-    sizes = (np.int32(N), np.int32(H), np.int32(D), np.int32(S))
-    arguments = (q, keys, values, texts, positions, out, *sizes)
+    sizes = (np.int32(N), np.int32(H), np.int32(D), np.int32(pages.shape[1]), np.int32(S))
+    arguments = (q, keys, values, pages, texts, positions, out, *sizes)
     out.device.launch(replace(ATTENTION_DECODE, kernels=(name,)), name, -(-N * C // 32), 32, arguments)
 
 
@@ -245,21 +256,22 @@ def can_prefill(dtype: np.dtype, D: int) -> bool:
     return TYPES[dtype.name] in SHORT_TYPES and D % 8 == 0 and D <= LARGEST_PREFILL_HEAD_DIM
 
 
-def attention_prefill(q: Array, keys: Array, values: Array, tiles: Array, out: Array) -> None:
-    """N queries of any texts over the cache, on tensor cores: (N,C), 2 x (B,H,S,D), int32 (M,4) -> (N,C).
+def attention_prefill(q: Array, keys: Array, values: Array, pages: Array, tiles: Array, out: Array) -> None:
+    """N queries of any texts over the cache, on tensor cores: (N,C), 2 x (pages,H,S,D) -> (N,C).
 
-    A query sees the positions of its text up to its own. tiles: of query_tiles; every n in one of them. float16 or
-    bfloat16, D a multiple of 8, up to 256.
+    A query sees the positions of its text up to its own. pages: int32 (B,P); tiles: int32 (M,4), of query_tiles;
+    every n in one of them. float16 or bfloat16, D a multiple of 8, up to 256.
     """
     (N, C), (_, H, S, D), (M, _) = q.shape, keys.shape, tiles.shape
     expect("q", q, (N, H * D), keys.dtype)
     expect("values", values, keys.shape, keys.dtype)
+    expect("pages", pages, (pages.shape[0], pages.shape[1]), np.int32)
     expect("tiles", tiles, (M, 4), np.int32)
     expect("out", out, (N, C), q.dtype)
     if not can_prefill(keys.dtype, D):
         raise ValueError(f"tensor cores take float16 or bfloat16 and head_dim 8, 16, ... 256, not {keys.dtype} and {D}")
     name = f"attention_prefill<{type_of(q)}, {D}>"
-    arguments = (q, keys, values, tiles, out, np.int32(H), np.int32(S))
+    arguments = (q, keys, values, pages, tiles, out, np.int32(H), np.int32(pages.shape[1]), np.int32(S))
     out.device.launch(replace(ATTENTION_PREFILL, kernels=(name,)), name, (M, H), PREFILL_THREADS, arguments)
 
 
@@ -329,11 +341,12 @@ def sum_parts(parts: Array, x: Array) -> None:
     x.device.launch(SUM_PARTS, "sum_parts", -(-n // THREADS), THREADS, (parts, x, np.int32(P), np.int32(n)))
 
 
-def check_cache(q: Array, keys: Array, values: Array, texts: Array, positions: Array) -> None:
-    """ValueError unless queries (N,C), a cache 2 x (B,H,S,D), and int32 2 x (N) go together."""
-    (N, _), (_, H, _, D) = q.shape, keys.shape
+def check_cache(q: Array, keys: Array, values: Array, pages: Array, texts: Array, positions: Array) -> None:
+    """ValueError unless queries (N,C), a cache 2 x (pages,H,S,D), pages int32 (B,P), and int32 2 x (N) go together."""
+    (N, _), (_, H, _, D), (B, P) = q.shape, keys.shape, pages.shape
     expect("q", q, (N, H * D), keys.dtype)
     expect("values", values, keys.shape, keys.dtype)
+    expect("pages", pages, (B, P), np.int32)
     expect("texts", texts, (N,), np.int32)
     expect("positions", positions, (N,), np.int32)
 

@@ -72,7 +72,7 @@ def copy_piece(source: Cache, target: Cache, piece: Piece, row: int) -> None:
     """Into the same positions of a row."""
     device = target.keys.device
     for layer in range(target.keys.shape[0]):
-        for old, new in zip(source.of_layer(layer), target.of_layer(layer), strict=True):
+        for old, new in zip(source.of_layer(layer)[:2], target.of_layer(layer)[:2], strict=True):
             device.copy_positions(old[piece.row], new[row], piece.first, piece.last)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from neox.gpu.device import Array
-from neox.gpu.model import Keys, Mix, Model, embed, layer, new_workspace, placed, unembed
+from neox.gpu.model import Keys, Mix, Model, embed, layer, new_workspace, one_page_each, placed, unembed
 from neox.reference.config import Config
 from neox.reference.errors import InputError
 from neox.reference.model import Tap, checked
@@ -72,7 +72,7 @@ def _run(model: Model, ids: ArrayLike, wanted: set[str], tap: Tap, stop: int | N
     config, device, ids = model.config, model.device, checked(model.config, ids)
     (B, T), look = ids.shape, _looking(config, len(ids), wanted, tap)
     shape = (B, config.num_attention_heads, T, config.head_dim)
-    cache = device.empty(shape, model.dtype), device.empty(shape, model.dtype)
+    cache = device.empty(shape, model.dtype), device.empty(shape, model.dtype), one_page_each(device, B)
     place, mix = placed(model, *(a.ravel().astype(np.int32) for a in np.indices((B, T))))
     work = new_workspace(model, B * T)
     embed(model, device.array(ids.ravel().astype(np.int32)), work)

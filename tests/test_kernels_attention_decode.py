@@ -10,12 +10,14 @@ from devices import DTYPES, all_devices, assert_no_worse, devices
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from paged import paged
 
 from neox.gpu import ops
 from neox.gpu.device import Array, Device, dtype_named
 from neox.reference.model import softmax
 
 STEP = 2.0**-24  # largest relative error of one rounding in float32
+PAGES = st.sampled_from((0, 1, 3, 16, 64))
 HEAD_DIMS = (24, 64, 80, 96, 128)
 LENGTHS = st.one_of(st.integers(1, 40), st.sampled_from((63, 64, 65, 127, 128, 129, 330)))
 
@@ -44,19 +46,33 @@ def floor(q: NDArray, keys: NDArray, values: NDArray, additions: int, length: in
 
 
 def check_attention(
-    device: Device, lengths: list[int], H: int, D: int, dtype: str, splits: int, scale: float = 1, seed: int = 0
+    device: Device,
+    lengths: list[int],
+    H: int,
+    D: int,
+    dtype: str,
+    splits: int,
+    scale: float = 1,
+    seed: int = 0,
+    size: int = 0,
+    common: int = 0,
 ) -> None:
-    """splits 0: the naive kernel. Query n belongs to text N - n of N + 1; the cache is NaN beyond each text."""
+    """splits 0: the naive kernel. Query n belongs to text N - n of N + 1; the cache is NaN beyond each text.
+
+    size: of pages, 0 if each text has one. The first `common` positions of all texts are equal: they share pages.
+    """
     rng, T, N, S = np.random.default_rng(seed), dtype_named(dtype), len(lengths), max(lengths) + 2
     q = (scale * rng.normal(size=(N, H, D))).astype(T)
     keys, values = (rng.normal(size=(N + 1, H, S, D)).astype(T) for _ in range(2))
     keys = (scale * keys.astype(np.float32)).astype(T)
+    keys[:, :, :common], values[:, :, :common] = keys[:1, :, :common], values[:1, :, :common]
     texts, positions = np.arange(N, 0, -1, dtype=np.int32), np.array(lengths, np.int32) - 1
     for t, p in zip(texts, positions, strict=True):
         keys[t, :, p + 1 :] = values[t, :, p + 1 :] = np.nan
     keys[0] = values[0] = np.nan
     z = device.empty((N, H * D), dtype)
-    arguments = [device.array(a) for a in (q.reshape(N, -1), keys, values, texts, positions)]
+    cut, pages = paged(size, keys, values, seed=seed)
+    arguments = [device.array(a) for a in (q.reshape(N, -1), *cut, pages, texts, positions)]
     run(device, arguments, splits, (N, H, splits, D + 2), z)
     exact = of_all(q, keys, values, texts, positions, np.float64)
     oracle = of_all(q, keys, values, texts, positions, np.float32).astype(T)
@@ -65,27 +81,27 @@ def check_attention(
 
 
 def run(device: Device, arguments: list[Array], splits: int, shape: tuple[int, ...], z: Array) -> None:
-    q, keys, values, texts, positions = arguments
+    q, keys, values, pages, texts, positions = arguments
     if splits:
-        ops.attention_decode(q, keys, values, texts, positions, device.empty(shape, "float32"), z)
+        ops.attention_decode(q, keys, values, pages, texts, positions, device.empty(shape, "float32"), z)
     else:
-        ops.attention_decode_naive(q, keys, values, texts, positions, z)
+        ops.attention_decode_naive(q, keys, values, pages, texts, positions, z)
 
 
 @given(
     devices(), st.lists(LENGTHS, min_size=1, max_size=3), st.integers(1, 3), st.sampled_from(HEAD_DIMS),
-    st.sampled_from(DTYPES), st.integers(1, 9), st.integers(0, 2**32 - 1),
+    st.sampled_from(DTYPES), st.integers(1, 9), PAGES, st.integers(0, 40), st.integers(0, 2**32 - 1),
 )  # fmt: skip
-def test_decode_errs_no_more_than_float32_numpy(device, lengths, H, D, dtype, splits, seed) -> None:
-    check_attention(device, lengths, H, D, dtype, splits, 1, seed)
+def test_decode_errs_no_more_than_float32_numpy(device, lengths, H, D, dtype, splits, size, common, seed) -> None:
+    check_attention(device, lengths, H, D, dtype, splits, 1, seed, size, common)
 
 
 @given(
     devices(), st.lists(st.integers(1, 40), min_size=1, max_size=3), st.integers(1, 3), st.sampled_from((24, 10, 96)),
-    st.sampled_from(DTYPES), st.integers(0, 2**32 - 1),
+    st.sampled_from(DTYPES), PAGES, st.integers(0, 40), st.integers(0, 2**32 - 1),
 )  # fmt: skip
-def test_naive_decode_errs_no_more_than_float32_numpy(device, lengths, H, D, dtype, seed) -> None:
-    check_attention(device, lengths, H, D, dtype, 0, 1, seed)
+def test_naive_decode_errs_no_more_than_float32_numpy(device, lengths, H, D, dtype, size, common, seed) -> None:
+    check_attention(device, lengths, H, D, dtype, 0, 1, seed, size, common)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -105,6 +121,7 @@ def test_other_multiples_of_8(D) -> None:
 def test_more_than_1000_keys() -> None:
     for device in all_devices():
         check_attention(device, [1100], 1, 24, "float32", 5)
+        check_attention(device, [1100], 1, 96, "float16", 3, size=64)
 
 
 def test_shapes_and_dtypes_are_checked() -> None:
@@ -112,14 +129,15 @@ def test_shapes_and_dtypes_are_checked() -> None:
     empty = device.empty
     right = {
         "q": empty((3, 48), "float16"), "keys": empty((2, 2, 9, 24), "float16"),
-        "values": empty((2, 2, 9, 24), "float16"), "texts": device.zeros(3, "int32"),
-        "positions": device.zeros(3, "int32"), "partial": empty((3, 2, 4, 26), "float32"),
-        "out": empty((3, 48), "float16"),
+        "values": empty((2, 2, 9, 24), "float16"), "pages": device.zeros((2, 1), "int32"),
+        "texts": device.zeros(3, "int32"), "positions": device.zeros(3, "int32"),
+        "partial": empty((3, 2, 4, 26), "float32"), "out": empty((3, 48), "float16"),
     }  # fmt: skip
     ops.attention_decode(*right.values())
     for name, wrong in [
         ("q", empty((3, 48), "float32")), ("q", empty((3, 47), "float16")), ("values", empty((2, 2, 9, 16), "float16")),
-        ("texts", device.zeros(2, "int32")), ("positions", device.zeros(3, "int64")),
+        ("pages", device.zeros((2, 1), "int64")), ("texts", device.zeros(2, "int32")),
+        ("positions", device.zeros(3, "int64")),
         ("partial", empty((3, 2, 4, 25), "float32")), ("partial", empty((3, 1, 4, 26), "float32")),
         ("out", empty((3, 48), "float32")),
     ]:  # fmt: skip

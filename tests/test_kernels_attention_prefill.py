@@ -10,7 +10,8 @@ from devices import ROUNDING, all_devices, devices
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from test_kernels_attention_decode import STEP, of_all
+from paged import paged
+from test_kernels_attention_decode import PAGES, STEP, of_all
 
 from neox.gpu import ops
 from neox.gpu.device import Device, dtype_named
@@ -37,19 +38,25 @@ def hide(spans: list[Span], *caches: NDArray) -> None:
             cache[len(spans) - i, :, position + count :] = np.nan
 
 
-def run(device: Device, q: NDArray, keys: NDArray, values: NDArray, spans: list[Span]) -> NDArray:
+def run(device: Device, q: NDArray, keys: NDArray, values: NDArray, spans: list[Span], size: int = 0) -> NDArray:
     (N, H, D), (texts, positions) = q.shape, places(spans)
     z = device.empty((N, H * D), q.dtype)
     tiles = device.array(ops.query_tiles(texts, positions))
-    ops.attention_prefill(device.array(q.reshape(N, -1)), device.array(keys), device.array(values), tiles, z)
+    cut, pages = paged(size, keys, values)
+    k, v = map(device.array, cut)
+    ops.attention_prefill(device.array(q.reshape(N, -1)), k, v, device.array(pages), tiles, z)
     return z.get().reshape(N, H, D)
 
 
-def drawn(spans: list[Span], H: int, D: int, dtype: str, scale: float, seed: int) -> tuple[NDArray, NDArray, NDArray]:
+def drawn(
+    spans: list[Span], H: int, D: int, dtype: str, scale: float, seed: int, common: int = 0
+) -> tuple[NDArray, NDArray, NDArray]:
+    """The first `common` positions of all texts are equal: where there are pages, they share them."""
     rng, S = np.random.default_rng(seed), max(p + count for p, count in spans) + 2
     q = rng.normal(size=(sum(count for _, count in spans), H, D))
     keys, values = rng.normal(size=(2, len(spans) + 1, H, S, D))
     q, keys, values = (a.astype(dtype_named(dtype)) for a in (scale * q, scale * keys, values))
+    keys[:, :, :common], values[:, :, :common] = keys[:1, :, :common], values[:1, :, :common]
     hide(spans, keys, values)
     return q, keys, values
 
@@ -71,32 +78,44 @@ def allowed(q: NDArray, keys: NDArray, values: NDArray, spans: list[Span], exact
 
 
 def check_prefill(
-    device: Device, spans: list[Span], H: int, D: int, dtype: str, scale: float = 1, seed: int = 0
+    device: Device,
+    spans: list[Span],
+    H: int,
+    D: int,
+    dtype: str,
+    scale: float = 1,
+    seed: int = 0,
+    size: int = 0,
+    common: int = 0,
 ) -> None:
-    q, keys, values = drawn(spans, H, D, dtype, scale, seed)
+    """size: of pages, 0 if each text has one."""
+    q, keys, values = drawn(spans, H, D, dtype, scale, seed, common)
     exact = of_all(q, keys, values, *places(spans), np.float64)
-    errors = np.abs(run(device, q, keys, values, spans).astype(np.float64) - exact)
+    errors = np.abs(run(device, q, keys, values, spans, size).astype(np.float64) - exact)
     assert (errors <= allowed(q, keys, values, spans, exact)).all()
 
 
-def check_counting(device: Device, spans: list[Span], H: int, D: int, dtype: str) -> None:
+def check_counting(device: Device, spans: list[Span], H: int, D: int, dtype: str, size: int = 0) -> None:
     """Of equal scores and whole values the sums are exact, and so large that float16 could not hold them."""
     q, keys, values = drawn(spans, H, D, dtype, 0, 0)
     values[:] = np.random.default_rng(1).integers(1, 100, values.shape)
     hide(spans, keys, values)
     exact = of_all(q, keys, values, *places(spans), np.float64)
-    errors = np.abs(run(device, q, keys, values, spans).astype(np.float64) - exact)
+    errors = np.abs(run(device, q, keys, values, spans, size).astype(np.float64) - exact)
     assert (errors <= (ROUNDING[dtype] + 2 * STEP) * exact).all()  # of the quotient, in float32 and in 16 bits
 
 
-@given(devices(), SPANS, st.integers(1, 3), st.sampled_from(HEAD_DIMS), st.sampled_from(SHORT), SEEDS)
-def test_prefill_errs_no_more_than_its_roundings(device, spans, H, D, dtype, seed) -> None:
-    check_prefill(device, spans, H, D, dtype, 1, seed)
+@given(
+    devices(), SPANS, st.integers(1, 3), st.sampled_from(HEAD_DIMS), st.sampled_from(SHORT), PAGES, st.integers(0, 70),
+    SEEDS,
+)  # fmt: skip
+def test_prefill_errs_no_more_than_its_roundings(device, spans, H, D, dtype, size, common, seed) -> None:
+    check_prefill(device, spans, H, D, dtype, 1, seed, size, common)
 
 
-@given(devices(), SPANS, st.integers(1, 3), st.sampled_from(HEAD_DIMS), st.sampled_from(SHORT))
-def test_each_query_averages_all_it_sees_and_nothing_else(device, spans, H, D, dtype) -> None:
-    check_counting(device, spans, H, D, dtype)
+@given(devices(), SPANS, st.integers(1, 3), st.sampled_from(HEAD_DIMS), st.sampled_from(SHORT), PAGES)
+def test_each_query_averages_all_it_sees_and_nothing_else(device, spans, H, D, dtype, size) -> None:
+    check_counting(device, spans, H, D, dtype, size)
 
 
 @pytest.mark.parametrize("D", [8, 56, 112, 136, 256])
@@ -116,7 +135,7 @@ def test_scores_beyond_float16_stay_finite(dtype) -> None:
 def test_positions_over_1000() -> None:
     for device in all_devices():
         check_prefill(device, [(1000, 70)], 1, 96, "float16")
-        check_counting(device, [(1000, 70)], 1, 24, "bfloat16")
+        check_counting(device, [(1000, 70)], 1, 24, "bfloat16", 64)
 
 
 def test_the_naive_kernel_says_the_same() -> None:
@@ -127,9 +146,9 @@ def test_the_naive_kernel_says_the_same() -> None:
     device, bound = all_devices()[0], allowed(q, keys, values, spans, exact)
     z = device.empty((75, 160), "float16")
     texts, positions = map(device.array, places(spans))
-    ops.attention_decode_naive(
-        device.array(q.reshape(75, -1)), device.array(keys), device.array(values), texts, positions, z
-    )
+    cut, pages = paged(16, keys, values)
+    k, v = map(device.array, cut)
+    ops.attention_decode_naive(device.array(q.reshape(75, -1)), k, v, device.array(pages), texts, positions, z)
     difference = run(device, q, keys, values, spans).astype(np.float64) - z.get().reshape(q.shape)
     assert (np.abs(difference) <= 2 * bound).all()
 
@@ -153,13 +172,15 @@ def test_shapes_and_dtypes_are_checked() -> None:
     empty = device.empty
     right = {
         "q": empty((3, 48), "float16"), "keys": empty((2, 2, 9, 24), "float16"),
-        "values": empty((2, 2, 9, 24), "float16"), "tiles": device.array(np.array([[1, 0, 0, 3]], np.int32)),
+        "values": empty((2, 2, 9, 24), "float16"), "pages": device.zeros((2, 1), "int32"),
+        "tiles": device.array(np.array([[1, 0, 0, 3]], np.int32)),
         "out": empty((3, 48), "float16"),
     }  # fmt: skip
     ops.attention_prefill(*right.values())
     for name, wrong in [
         ("q", empty((3, 48), "float32")), ("q", empty((3, 47), "float16")), ("values", empty((2, 2, 9, 16), "float16")),
         ("values", empty((2, 2, 9, 24), "bfloat16")), ("tiles", device.zeros((1, 3), "int32")),
+        ("pages", device.zeros((2, 1), "int64")),
         ("tiles", device.zeros((1, 4), "int64")), ("out", empty((3, 48), "float32")),
         ("out", empty((4, 48), "float16")),
     ]:  # fmt: skip
@@ -168,4 +189,4 @@ def test_shapes_and_dtypes_are_checked() -> None:
     for D, dtype in ((12, "float16"), (264, "float16"), (24, "float32")):
         q, keys = empty((3, 2 * D), dtype), empty((2, 2, 9, D), dtype)
         with pytest.raises(ValueError, match="tensor cores take"):
-            ops.attention_prefill(q, keys, keys, right["tiles"], q)
+            ops.attention_prefill(q, keys, keys, right["pages"], right["tiles"], q)

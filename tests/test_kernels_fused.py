@@ -10,6 +10,8 @@ from devices import ROUNDING, all_devices, devices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from paged import paged
+from test_kernels_attention_decode import PAGES
 from test_kernels_attention_decode import floor as attention_floor
 
 from neox.gpu import fused, ops
@@ -105,19 +107,22 @@ def check_qkv(
     biased: bool = True,
     S: int = 9,
     seed: int = 0,
+    P: int = 1,
 ) -> None:
+    """3 texts of P pages of S positions each."""
     rng, C = np.random.default_rng(seed), H * D
     x, gain, shift = map(device.array, normed(rng, dtype, N, C))
     weight, bias = device.array(numbers(rng, dtype, 3 * C, C, scale=C**-0.5)), device.array(numbers(rng, dtype, 3 * C))
-    slots = rng.choice(3 * S, N, replace=False)  # of 3 texts of S positions
-    texts, positions = (device.array(a.astype(np.int32)) for a in (slots // S, slots % S))
-    angles = rng.normal(size=(S, R // 2))
+    slots = rng.choice(3 * P * S, N, replace=False)
+    texts, positions = (device.array(a.astype(np.int32)) for a in (slots // (P * S), slots % (P * S)))
+    pages = device.array(rng.permutation(3 * P).reshape(3, P).astype(np.int32))
+    angles = rng.normal(size=(P * S, R // 2))
     cos, sin = (device.array(f(angles).astype(np.float32)) for f in (np.cos, np.sin))
     given, taken = bias if biased else None, device.zeros(1, "uint32")
     results = []
     for fuse in (True, False):
-        q, keys, values = device.empty((N, C), dtype), *(empty_cache(device, dtype, 3, H, S, D) for _ in range(2))
-        rest = (cos, sin, texts, positions, q, keys, values)
+        q, keys, values = device.empty((N, C), dtype), *(empty_cache(device, dtype, 3 * P, H, S, D) for _ in range(2))
+        rest = (cos, sin, texts, positions, q, keys, values, pages)
         if fuse:
             fused.fused_qkv(x, gain, shift, EPS, weight, given, *rest, taken, blocks=blocks)
         else:
@@ -136,20 +141,22 @@ def empty_cache(device: Device, dtype: str, *shape: int) -> Array:
     return device.array(np.full(shape, np.nan, dtype_named(dtype)))
 
 
+TABLES = st.sampled_from(((9, 1), (4, 3), (1, 7)))  # positions of a page, and pages of a text
 HEADS = st.sampled_from(((24, 6), (96, 24), (16, 4), (80, 20), (64, 64), (8, 2)))  # head_dim and rotary_ndims
 
 
 @settings(max_examples=30)
-@given(devices(), ROWS, st.integers(1, 3), HEADS, SHORT, st.sampled_from((1, 2, 5, 264)), st.booleans(), seeds)
+@given(devices(), ROWS, st.integers(1, 3), HEADS, SHORT, st.sampled_from((1, 2, 5, 264)), st.booleans(), TABLES, seeds)
 def test_queries_keys_and_values_are_those_of_the_plain_kernels(
-    device, N, H, head, dtype, blocks, biased, seed
+    device, N, H, head, dtype, blocks, biased, table, seed
 ) -> None:
-    check_qkv(device, N, H, head[0], head[1], dtype, blocks, biased, 9, seed)
+    check_qkv(device, N, H, head[0], head[1], dtype, blocks, biased, table[0], seed, table[1])
 
 
 def test_positions_over_1000() -> None:
     for device in all_devices():
         check_qkv(device, 5, 2, 24, 6, "float16", 2, True, 1500)
+        check_qkv(device, 5, 2, 24, 6, "float16", 2, True, 64, P=20)
 
 
 def check_mlp(
@@ -163,8 +170,9 @@ def check_mlp(
     splits: int = 2,
     activation: str = "gelu_fast",
     seed: int = 0,
+    size: int = 0,
 ) -> None:
-    """Query n belongs to text N - n of N + 1; the cache is NaN beyond each text."""
+    """Query n belongs to text N - n of N + 1; the cache is NaN beyond each text. size: of pages, 0 for one each."""
     rng, C, N, S = np.random.default_rng(seed), H * D, len(lengths), max(lengths) + 2
     x, gain, shift = map(device.array, normed(rng, dtype, N, C))
     up, bias = device.array(numbers(rng, dtype, F, C, scale=C**-0.5)), device.array(numbers(rng, dtype, F, scale=0.3))
@@ -172,8 +180,9 @@ def check_mlp(
     texts, positions = np.arange(N, 0, -1, dtype=np.int32), np.array(lengths, np.int32) - 1
     for t, p in zip(texts, positions, strict=True):
         keys[t, :, p + 1 :] = values[t, :, p + 1 :] = np.nan
-    queries, k, v = (device.array(a) for a in (q, keys, values))
-    over = queries, k, v, device.array(texts), device.array(positions)
+    cut, pages = paged(size, keys, values, seed=seed)
+    queries, k, v = (device.array(a) for a in (q, *cut))
+    over = queries, k, v, device.array(pages), device.array(texts), device.array(positions)
     partial = device.empty((N, H, splits, D + 2), "float32")
     activated, plain_activated = (device.empty((N, F), dtype) for _ in range(2))
     z, plain_z, row = (device.empty((N, C), dtype) for _ in range(3))
@@ -201,12 +210,12 @@ LENGTHS = st.lists(st.one_of(st.integers(1, 40), st.sampled_from((63, 64, 65, 12
 @settings(max_examples=30)
 @given(
     devices(), LENGTHS, st.integers(1, 3), st.sampled_from((24, 64, 96)), st.sampled_from((8, 40, 320)), SHORT,
-    st.sampled_from((1, 2, 5, 264)), st.integers(1, 5), st.sampled_from(("gelu", "gelu_fast")), seeds,
+    st.sampled_from((1, 2, 5, 264)), st.integers(1, 5), st.sampled_from(("gelu", "gelu_fast")), seeds, PAGES,
 )  # fmt: skip
 def test_attention_and_mlp_are_those_of_the_plain_kernels(
-    device, lengths, H, D, F, dtype, blocks, splits, activation, seed
+    device, lengths, H, D, F, dtype, blocks, splits, activation, seed, size
 ) -> None:
-    check_mlp(device, lengths, H, D, F, dtype, blocks, splits, activation, seed)
+    check_mlp(device, lengths, H, D, F, dtype, blocks, splits, activation, seed, size)
 
 
 def test_sixteen_texts() -> None:
@@ -239,7 +248,7 @@ def arrays(device: Device, shapes: dict[str, tuple[tuple[int, ...], str]]) -> di
 HALF, WHOLE, NUMBER = "float16", "float32", "int32"
 CACHED = {  # of 3 texts of 9 positions and 2 heads of 24 dims; 3 rows
     "texts": ((3,), NUMBER), "positions": ((3,), NUMBER), "q": ((3, 48), HALF), "keys": ((3, 2, 9, 24), HALF),
-    "values": ((3, 2, 9, 24), HALF),
+    "values": ((3, 2, 9, 24), HALF), "pages": ((3, 1), NUMBER),
 }  # fmt: skip
 NORMED = {"x": ((3, 48), WHOLE), "gain": ((48,), HALF), "shift": ((48,), HALF)}
 QKV = NORMED | CACHED | {
@@ -266,8 +275,8 @@ def test_a_wrong_shape_or_dtype_is_refused(
     for name, (shape, dtype) in shapes.items():
         longer, other = (shape[0] + 1, *shape[1:]), "float64" if dtype == WHOLE else WHOLE
         for wrong in ((longer, dtype), (shape, other)):
-            if name in ("keys", "values") and wrong[0] == longer:
-                continue  # of one text more; that both have as many is seen by their own check
+            if name in ("keys", "values", "pages") and wrong[0] == longer:
+                continue  # of one page, or text, more; that both have as many pages is seen by their own check
             with pytest.raises(ValueError, match=r"must be|16 bits|texts|not "):
                 launch(**arrays(device, shapes | {name: wrong}), **fixed)
 

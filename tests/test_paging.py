@@ -213,7 +213,6 @@ MUTANTS = [
     of("recall", "name forgotten", "sharing", ("text.name = name", "pass")),
     of("reserve", "one page whatever is needed", "walks", ("while ", "if ")),
     of("reserve", "a page too many", "walks", ("< text.length + count", "<= text.length + count")),
-    of("filled", "a page named before it is full", "sharing", (">= self.size", ">= self.size - 1")),
     of("filled", "the page after it named", "walks", ("self.size - 1]", "self.size - 2]")),
     of("filled", "ids of the page kept", "walks", ("del text.tail[: self.size]", "del text.tail[1:]")),
     of("filled", "two pages with one name", "walks", ("if text.name not in self._named", "if True")),

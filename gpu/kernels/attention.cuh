@@ -8,7 +8,7 @@
 // One warp loads the key of 32 / LANES positions at a time; each of the LANES lanes that share a key has PIECES pieces of
 // 8 dims of it, 16 bytes each in float16. In the 20B (D = 96) that is 4 lanes, 3 pieces, 8 keys a warp.
 #pragma once
-#include "common.cuh"
+#include "pages.cuh"
 
 // Of exp(own - common); 0 for an average over nothing, whose maximum is -infinity.
 __device__ __forceinline__ float share(float own, float common) {
@@ -77,10 +77,17 @@ template <class T, int D, int THREADS> struct Groups {
     float maxima[COUNT], weights[COUNT], sums[COUNT][D];
 };
 
+// One head of one text of the cache.
+template <class T> struct Text {
+    const T *keys, *values;
+    Pages pages;
+    int text, h;
+};
+
 // The average over the keys from first to last - 1 of one text and head, in out (D+2). All threads must call it; before
 // they do so again, or touch `groups`, they must meet at a barrier.
 template <class T, int D, int THREADS>
-__device__ __forceinline__ void attend(const T* q, const T* keys, const T* values, int first, int last,
+__device__ __forceinline__ void attend(const T* q, const Text<T>& text, int first, int last,
                                        Groups<T, D, THREADS>& groups, float* out) {
     using A = Average<T, D>;
     constexpr int GROUPS = Groups<T, D, THREADS>::COUNT;
@@ -94,11 +101,15 @@ __device__ __forceinline__ void attend(const T* q, const T* keys, const T* value
 #pragma unroll
         for (int i = 0; i < 8; i++) query[piece][i] /= sqrtf(D);
     }
-    for (int s = first; s < last; s += GROUPS) {  // as often in every thread: the lanes of a warp work together
-        const bool exists = s + group < last;
-        const long long slot = static_cast<long long>(exists ? s + group : s) * D;
-        const float score = score_of<T, D>(query, keys + slot, lane);
-        if (exists) take<T, D>(average, score, values + slot, lane);
+    for (int start = first, stop; start < last; start = stop) {
+        stop = min(last, start + text.pages.in_a_row(start));
+        const long long page = text.pages.slot(text.text, text.h, start) - static_cast<long long>(start) * D;
+        for (int s = start; s < stop; s += GROUPS) {  // as often in every thread: the lanes of a warp work together
+            const bool exists = s + group < stop;
+            const long long slot = page + static_cast<long long>(exists ? s + group : s) * D;
+            const float score = score_of<T, D>(query, text.keys + slot, lane);
+            if (exists) take<T, D>(average, score, text.values + slot, lane);
+        }
     }
     if (lane == 0) groups.maxima[group] = average.maximum, groups.weights[group] = average.weight;
 #pragma unroll

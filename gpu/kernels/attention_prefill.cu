@@ -4,14 +4,15 @@
 //   z[n,h] = sum_s p[s] values[t,h,s],   p = softmax_s(q[n,h] . keys[t,h,s] / sqrt(D)),   s <= position of n in text t
 //
 //   q       T     (N,H,D)     T in 16 bits
-//   keys    T     (B,H,S,D)   after rotation
-//   values  T     (B,H,S,D)
+//   keys    T     (pages,H,S,D)   after rotation
+//   values  T     (pages,H,S,D)
+//   pages   int   (B,P)       of each text: pages.cuh. keys[t,h,s] above is that of position s of text t
 //   tiles   int4  (M)         up to 64 queries each, which follow one another in one text: which text of the cache, the
 //                             first n, where in the text it stands, how many
 //   z       T     (N,H,D)
 //
 // A block takes one head of one tile, each of its 4 warps 16 of the queries. They walk over the keys that the tile sees,
-// KEYS at a time, so that no more scores exist at once. What a warp has seen so far it keeps as attention_decode.cu
+// up to KEYS of one page at a time, so that no more scores exist at once. What a warp has seen so far it keeps as attention_decode.cu
 // does: of each query the largest score, the sum of exp(score - largest) and that of exp(score - largest) value.
 //
 // Both products are mma.m16n8k16, accumulated in float. Scores lie in the lanes as the first factor of the second
@@ -27,7 +28,7 @@
 // query of each tile.
 // Bytes: 2 (position + count) D sizeof(T) for each head of each tile, most of it from the second-level cache, where
 // other tiles of the text have left it.
-#include "common.cuh"
+#include "pages.cuh"
 #include "ptx.cuh"
 
 constexpr int PREFILL_THREADS = 128;
@@ -48,18 +49,31 @@ template <int D> struct Averages {
 
 template <int D> struct Scores { float of[Shape<D>::KEYS / 8][4]; };
 
-// KEYS rows of keys or values from `first` on, which follow one another; zeros from `length` on.
+// Keys that are taken together: they lie one after the other.
+struct Chunk {
+    int first, count;  // in the text; up to KEYS, and none after the last
+    long long slot;
+};
+
+template <int D>
+__device__ __forceinline__ Chunk chunk_at(const Pages& pages, int text, int h, int first, int length) {
+    if (first >= length) return {first, 0, 0};
+    const int count = min(min(Shape<D>::KEYS, length - first), pages.in_a_row(first));
+    return {first, count, pages.slot(text, h, first)};
+}
+
+// A chunk of keys or values; zeros after the last, up to KEYS.
 template <class T, int D>
-__device__ __forceinline__ void fetch(T (*rows)[Shape<D>::PITCH], const T* text, int first, int length) {
+__device__ __forceinline__ void fetch(T (*rows)[Shape<D>::PITCH], const T* cache, const Chunk& chunk) {
     constexpr int PIECES = D / 8, COPIES = Shape<D>::KEYS * PIECES;  // of 16 bytes: in a row, in all
-    const T* from = text + static_cast<long long>(first) * D;
-    const int there = (length - first) * PIECES;
+    const T* from = cache + chunk.slot;
+    const int there = chunk.count * PIECES;
 #pragma unroll 1  // or the addresses of all copies would stay in registers
     for (int k = 0; k < COPIES; k += PREFILL_THREADS) {
         const unsigned piece = k + threadIdx.x;
         if (COPIES % PREFILL_THREADS && piece >= COPIES) break;
         const bool inside = piece < there;
-        copy_async_16(&rows[piece / PIECES][piece % PIECES * 8], inside ? from + 8 * piece : text, inside);
+        copy_async_16(&rows[piece / PIECES][piece % PIECES * 8], inside ? from + 8 * piece : from, inside);
     }
     copy_async_commit();
 }
@@ -96,15 +110,17 @@ __device__ __forceinline__ Scores<D> scores_of(const uint32_t (&q)[Shape<D>::STE
     return scores;
 }
 
-// Scores of keys that come after their query are struck out. first_key: of these keys, as it stands in the text, minus
-// the position of the warp's first query.
-template <int D> __device__ __forceinline__ void mask(Scores<D>& scores, int first_key) {
+// Scores of keys that come after their query are struck out, and those of none. first: of these `count` keys, as it
+// stands in the text, minus the position of the warp's first query.
+template <int D> __device__ __forceinline__ void mask(Scores<D>& scores, int first, int count) {
     const int row = threadIdx.x % 32 / 4, column = threadIdx.x % 4 * 2;
 #pragma unroll
     for (int j = 0; j < Shape<D>::KEYS / 8; j++)
 #pragma unroll
-        for (int i = 0; i < 4; i++)
-            if (first_key + 8 * j + column + i % 2 > row + i / 2 * 8) scores.of[j][i] = MINUS_INFINITY;
+        for (int i = 0; i < 4; i++) {
+            const int key = 8 * j + column + i % 2;
+            if (first + key > row + i / 2 * 8 || key >= count) scores.of[j][i] = MINUS_INFINITY;
+        }
 }
 
 // Of the 4 lanes that share a row.
@@ -181,7 +197,8 @@ __device__ __forceinline__ void store(const Averages<D>& averages, T* z, int cou
 
 template <class T, int D> __global__ void __launch_bounds__(PREFILL_THREADS, Shape<D>::BLOCKS)
 attention_prefill(const T* __restrict__ q, const T* __restrict__ keys, const T* __restrict__ values,
-                  const int* __restrict__ tiles, T* __restrict__ z, int H, int S) {
+                  const int* __restrict__ pages, const int* __restrict__ tiles, T* __restrict__ z, int H, int P,
+                  int S) {
     constexpr int KEYS = Shape<D>::KEYS;
     __shared__ __align__(16) T key_rows[KEYS][Shape<D>::PITCH];
     __shared__ __align__(16) T value_rows[KEYS][Shape<D>::PITCH];
@@ -189,25 +206,27 @@ attention_prefill(const T* __restrict__ q, const T* __restrict__ keys, const T* 
     const int h = blockIdx.y, skipped = threadIdx.x / 32 * 16;  // queries of the warps before this one
     const int n = tile.y + skipped, position = tile.z + skipped, count = min(tile.w - skipped, 16);
     const int length = tile.z + tile.w, seen = count > 0 ? position + count : 0;  // keys: by the tile, by this warp
-    const long long text = (static_cast<long long>(tile.x) * H + h) * S * D;
+    const Pages at{pages, P, H, S, D};
+    Chunk chunk = chunk_at<D>(at, tile.x, h, 0, length), next;
     const long long query = (static_cast<long long>(n) * H + h) * D;
 
     if (D % 16 && threadIdx.x < KEYS) *reinterpret_cast<uint4*>(&key_rows[threadIdx.x][D]) = uint4{};
-    fetch<T, D>(key_rows, keys + text, 0, length);
+    fetch<T, D>(key_rows, keys, chunk);
     uint32_t queries[Shape<D>::STEPS][4];
     load_queries<T, D>(queries, q + query, count, H);
     Averages<D> averages{{MINUS_INFINITY, MINUS_INFINITY}, {}, {}};
-    for (int first = 0; first < length; first += KEYS) {
+    for (; chunk.count > 0; chunk = next) {
+        next = chunk_at<D>(at, tile.x, h, chunk.first + chunk.count, length);
         Scores<D> scores;
         copy_async_wait<0>();
         __syncthreads();  // every thread's copies of keys have landed, and all are done with the values before them
-        fetch<T, D>(value_rows, values + text, first, length);
-        if (first < seen) scores = scores_of<T, D>(queries, key_rows);
+        fetch<T, D>(value_rows, values, chunk);
+        if (chunk.first < seen) scores = scores_of<T, D>(queries, key_rows);
         copy_async_wait<0>();
         __syncthreads();  // every thread's copies of values have landed, and all are done with the keys
-        if (first + KEYS < length) fetch<T, D>(key_rows, keys + text, first + KEYS, length);
-        if (first >= seen) continue;
-        if (first + KEYS > position + 1) mask(scores, first - position);
+        if (next.count > 0) fetch<T, D>(key_rows, keys, next);
+        if (chunk.first >= seen) continue;
+        if (chunk.count < KEYS || chunk.first + KEYS > position + 1) mask(scores, chunk.first - position, chunk.count);
         weigh(averages, scores);
         add_values<T, D>(averages, scores, value_rows);
     }

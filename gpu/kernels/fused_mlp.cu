@@ -10,7 +10,7 @@
 //   activated    T      (N,F)
 //   arrived      unsigned (N,H) how many splits of a head are done: 0 before the launch and after it
 //   taken        unsigned (2)   units of the stream and jobs of attention that were taken, likewise
-//   q, keys, values, texts, positions, partial, z as in attention_decode.cu
+//   q, keys, values, pages, texts, positions, partial, z as in attention_decode.cu
 //
 // Neither needs the other, and attention waits for memory more than it asks of it. The first `attending` blocks take its
 // jobs, one for each split of each head of each row, until there are none, and then come to the stream of weights, of
@@ -19,8 +19,8 @@
 //
 // Grid: as many blocks as fit on the card at once. Block: STREAM_THREADS. Dynamic shared memory: N rows of normed_row(C)
 // or Groups<T, D, STREAM_THREADS>, whichever is larger.
-// Preconditions: N <= ROWS; C and D multiples of 8, the matrices at multiples of 16 bytes; positions[n] < S;
-// attending <= gridDim.x <= ceil(F / 16).
+// Preconditions: N <= ROWS; C and D multiples of 8, the matrices at multiples of 16 bytes; positions[n] is in a
+// page of the text; attending <= gridDim.x <= ceil(F / 16).
 // Bytes: C F sizeof(T) + sum_n 2 (positions[n] + 1) C sizeof(T), each weight, key and value once.
 #include "activation.cuh"
 #include "attention.cuh"
@@ -28,23 +28,23 @@
 
 template <class T> struct Attention {
     const T *q, *keys, *values;
+    Pages pages;
     const int *texts, *positions;
     float* partial;
     T* z;
     unsigned* arrived;
-    int heads, H, S, splits;  // heads: of all rows
+    int heads, splits;  // heads: of all rows
 };
 
 // One split of one head of one row; all threads must call it.
 template <class T, int D>
 __device__ __forceinline__ void attend_split(const Attention<T>& a, int job, Groups<T, D, STREAM_THREADS>& groups) {
     __shared__ bool joins;
-    const int head = job % a.heads, split = job / a.heads, n = head / a.H, h = head % a.H;
+    const int head = job % a.heads, split = job / a.heads, n = head / a.pages.H, h = head % a.pages.H;
     const int length = a.positions[n] + 1, part = (length + a.splits - 1) / a.splits, first = split * part;
-    const long long text = (static_cast<long long>(a.texts[n]) * a.H + h) * a.S * D;
+    const Text<T> text{a.keys, a.values, a.pages, a.texts[n], h};
     float* averages = a.partial + static_cast<long long>(head) * a.splits * (D + 2);
-    attend(a.q + head * D, a.keys + text, a.values + text, first, min(length, first + part), groups,
-           averages + split * (D + 2));
+    attend(a.q + head * D, text, first, min(length, first + part), groups, averages + split * (D + 2));
     __threadfence();  // this thread's part of the average is there for other blocks before the block says so
     __syncthreads();  // every thread's is, which only other blocks could miss; and none reads `groups` any more
     if (threadIdx.x == 0) joins = atomicInc(a.arrived + head, a.splits - 1) == a.splits - 1;
@@ -88,12 +88,14 @@ template <class T, class Activation> struct UpWork {
 template <class T, class Activation, int D, int ROWS> __global__ void __launch_bounds__(STREAM_THREADS, 2)
 fused_mlp(const float* __restrict__ x, const T* __restrict__ gain, const T* __restrict__ shift,
           const T* __restrict__ up, const T* __restrict__ up_bias, T* __restrict__ activated, const T* __restrict__ q,
-          const T* __restrict__ keys, const T* __restrict__ values, const int* __restrict__ texts,
-          const int* __restrict__ positions, float* partial, T* __restrict__ z, unsigned* __restrict__ arrived,
-          unsigned* __restrict__ taken, int attending, int splits, int N, int C, int F, int S, float eps) {
+          const T* __restrict__ keys, const T* __restrict__ values, const int* __restrict__ pages,
+          const int* __restrict__ texts, const int* __restrict__ positions, float* partial, T* __restrict__ z,
+          unsigned* __restrict__ arrived, unsigned* __restrict__ taken, int attending, int splits, int N, int C, int F,
+          int P, int S, float eps) {
     DYNAMIC_SHARED(T, normed);
     const int H = C / D;
-    const Attention<T> attention{q, keys, values, texts, positions, partial, z, arrived, N * H, H, S, splits};
+    const Attention<T> attention{q,         keys,    values, {pages, P, H, S, D}, texts,
+                                 positions, partial, z,      arrived,             N * H, splits};
     const bool first = blockIdx.x < attending;
     // The groups lie where the normed rows are before or after. Between the two is a barrier of the stream or of a job.
     if (first) attend_jobs<T, D>(attention, N * H * splits, taken + 1, normed);

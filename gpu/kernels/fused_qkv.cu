@@ -3,7 +3,7 @@
 //   normed = LayerNorm(x[n])                                        layer_norm.cu
 //   q, k, v = normed . weight[h] + bias[h]                          three vectors of D
 //   (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)                  of q and k: dim i with dim i + R/2, for i < R/2
-//   keys[texts[n],h,positions[n]], values[...] = k, v
+//   key and value of positions[n] of texts[n], head h = k, v
 //
 //   x          float  (N,C)       the residual stream
 //   gain, shift  T    (C)         weight and bias of the norm
@@ -19,8 +19,9 @@
 // as in rotary_append.cu.
 // Bytes: 3 C C sizeof(T), each weight once; x, q, k and v are small.
 #include "normed.cuh"
+#include "pages.cuh"
 
-struct Heads { int D, half, S; };  // half: of the rotary dims
+struct Heads { int D, half; };  // half: of the rotary dims
 
 __device__ __forceinline__ int dim_of(int p, int half) { return p < 2 * half ? p / 2 + p % 2 * half : p; }
 
@@ -36,6 +37,7 @@ template <class T> struct QkvWork {
     Rotary rotary;
     T *q, *keys, *values, *normed;
     Heads heads;
+    Pages pages;
     unsigned* taken;
     int N, O, C, rounds;
 
@@ -55,8 +57,7 @@ template <class T> struct QkvWork {
     __device__ __forceinline__ T* vector_of(int n, int o) const {
         const int h = o / heads.D / 3, H = C / heads.D, which = part_of_head(o);
         if (which == 0) return q + (n * H + h) * heads.D;
-        const long long slot = (static_cast<long long>(rotary.texts[n]) * H + h) * heads.S + rotary.positions[n];
-        return (which == 1 ? keys : values) + slot * heads.D;
+        return (which == 1 ? keys : values) + pages.slot(rotary.texts[n], h, rotary.positions[n]);
     }
     __device__ __forceinline__ void finish(int n, int o, float a, float b) const {
         if (bias) a += to_float(bias[row_of(o)]), b += to_float(bias[row_of(o + 1)]);
@@ -76,9 +77,9 @@ template <class T, int ROWS> __global__ void __launch_bounds__(STREAM_THREADS, 2
 fused_qkv(const float* __restrict__ x, const T* __restrict__ gain, const T* __restrict__ shift,
           const T* __restrict__ weight, const T* __restrict__ bias, const float* __restrict__ cos,
           const float* __restrict__ sin, const int* __restrict__ texts, const int* __restrict__ positions,
-          T* __restrict__ q, T* __restrict__ keys, T* __restrict__ values, unsigned* __restrict__ taken, int N, int C,
-          int D, int R, int S, float eps) {
+          T* __restrict__ q, T* __restrict__ keys, T* __restrict__ values, const int* __restrict__ pages,
+          unsigned* __restrict__ taken, int N, int C, int D, int R, int P, int S, float eps) {
     DYNAMIC_SHARED(T, normed);
     stream<T, ROWS>(QkvWork<T>{{x, gain, shift, eps}, weight, bias, {cos, sin, texts, positions}, q, keys, values,
-                               normed, {D, R / 2, S}, taken, N, 3 * C, C, rounds_of(C)});
+                               normed, {D, R / 2}, {pages, P, C / D, S, D}, taken, N, 3 * C, C, rounds_of(C)});
 }

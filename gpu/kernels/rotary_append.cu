@@ -3,23 +3,25 @@
 //
 //   q, k, v = qkv[n,h] + bias[h]                                    three vectors of D
 //   (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)                  of q and k: dim i with dim i + R/2, for i < R/2
-//   keys[texts[n],h,positions[n]], values[...] = k, v
+//   key and value of positions[n] of texts[n], head h = k, v
 //
 //   qkv        float  (N,H,3,D)   of the matrix product, as it was accumulated: q, k, v of head 0, then of head 1, ...
 //   bias       T      (H,3,D)     or null: some models have none
-//   cos, sin   float  (P,R/2)     of every position
+//   cos, sin   float  (.,R/2)     of every position
 //   texts      int    (N)         which text of the cache a position belongs to
 //   positions  int    (N)         where in that text it stands
 //   q          T      (N,H,D)
-//   keys       T      (B,H,S,D)   after rotation
-//   values     T      (B,H,S,D)
+//   keys       T      (pages,H,S,D)   after rotation
+//   values     T      (pages,H,S,D)
+//   pages      int    (B,P)       of each text: pages.cuh
 //
 // All is computed in float and rounded once, when it is stored.
 //
 // Grid: N H blocks, one for each head of each position. Block: any size; its threads take every blockDim.x-th dim.
-// Preconditions: texts[n] < B; positions[n] < S and < P; no two n with the same text and position.
+// Preconditions: texts[n] < B; positions[n] is in a page of the text, and in the tables; no two n write to the same row of
+// a page.
 // Bytes: N H D (3 * 4 + 3 sizeof(T)); bias and tables are small.
-#include "common.cuh"
+#include "pages.cuh"
 
 struct Rotation { const float *cos, *sin; int half; };  // of one position
 
@@ -40,13 +42,13 @@ template <class T> __global__ void rotary_append(const float* __restrict__ qkv, 
                                                  const float* __restrict__ cos, const float* __restrict__ sin,
                                                  const int* __restrict__ texts, const int* __restrict__ positions,
                                                  T* __restrict__ q, T* __restrict__ keys, T* __restrict__ values,
-                                                 int H, int D, int R, int S) {
+                                                 const int* __restrict__ pages, int H, int D, int R, int P, int S) {
     const int n = blockIdx.x / H, h = blockIdx.x % H, position = positions[n];
     const Rotation rotation{cos + position * (R / 2), sin + position * (R / 2), R / 2};
     const float* x = qkv + static_cast<long long>(blockIdx.x) * 3 * D;
     const T* b = bias ? bias + h * 3 * D : nullptr;
     T* query = q + static_cast<long long>(blockIdx.x) * D;
-    const long long slot = ((static_cast<long long>(texts[n]) * H + h) * S + position) * D;
+    const long long slot = Pages{pages, P, H, S, D}.slot(texts[n], h, position);
     for (int d = threadIdx.x; d < D; d += blockDim.x) {
         query[d] = from_float<T>(rotated(x, b, d, rotation));
         keys[slot + d] = from_float<T>(rotated(x + D, b ? b + D : nullptr, d, rotation));
