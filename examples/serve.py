@@ -51,6 +51,7 @@ from neox.reference.completions import (
     read_asked,
     usage_of,
 )
+from neox.reference.config import Config
 from neox.reference.errors import InputError, Parser, run
 from neox.reference.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 
@@ -602,6 +603,13 @@ def check_backend(args: argparse.Namespace) -> None:
         raise InputError(f"--backend {args.backend} computes in {', '.join(DTYPES[args.backend])}, not {args.dtype}")
 
 
+def limits_of(args: argparse.Namespace, config: Config) -> Limits:
+    """InputError if one of them admits nothing."""
+    contexts = args.texts if args.backend == "gpu" else 4
+    positions = contexts * config.max_position_embeddings if args.positions is None else args.positions
+    return Limits(positions, args.texts, args.queue, args.chunk)
+
+
 def open_backend(args: argparse.Namespace, folder: Path) -> tuple[Backend[Any], int]:
     """What computes, and the bytes of a number that it caches."""
     dtype = args.dtype or DTYPES[args.backend][0]
@@ -612,7 +620,7 @@ def open_backend(args: argparse.Namespace, folder: Path) -> tuple[Backend[Any], 
     from neox.gpu.batching import DeviceBackend
 
     on_device = gpu.load(folder, dtype=dtype, device=args.device or "cuda")
-    return DeviceBackend(on_device, args.texts, on_device.config.max_position_embeddings), on_device.dtype.itemsize
+    return DeviceBackend(on_device, limits_of(args, on_device.config).positions), on_device.dtype.itemsize
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -628,11 +636,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = load_tokenizer(folder)
     backend, itemsize = open_backend(args, folder)
     config = backend.config
-    positions = (args.texts if args.backend == "gpu" else 4) * config.max_position_embeddings
-    positions = positions if args.positions is None else args.positions
-    batch = Batch(backend, Limits(positions, args.texts, args.queue, args.chunk), tokenizer)
-    size = 2 * positions * config.num_hidden_layers * config.hidden_size * itemsize
-    note(f"up to {args.texts} texts at a time, of {positions} positions together: {size / 1e9:.3g} GB at most")
+    limits = limits_of(args, config)
+    batch = Batch(backend, limits, tokenizer)
+    size = 2 * limits.positions * config.num_hidden_layers * config.hidden_size * itemsize
+    note(f"up to {args.texts} texts at a time, of {limits.positions} positions together: {size / 1e9:.3g} GB at most")
     name = args.name or (Path(args.model).name if args.model else "shipped")
     serve(args, batch, name, config.max_position_embeddings, tokenizer)
 

@@ -17,7 +17,7 @@ needs a page needs those before it too.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 
@@ -27,7 +27,7 @@ from neox.reference.errors import InputError
 
 
 @dataclass
-class Text:
+class Holding:
     """Where the positions of a text lie."""
 
     promised: int  # pages that it may still take
@@ -59,35 +59,47 @@ class PagePool:
         """Pages that nobody holds."""
         return len(self._blank) + len(self._resting)
 
-    def open(self, capacity: int) -> Text | None:
-        """Of a text of up to `capacity` positions; None until others have closed. InputError if it can never be."""
+    def open(self, capacity: int, ids: Sequence[int] = ()) -> Holding | None:
+        """Of a text of up to `capacity` positions that begins with these ids, and the named pages that it begins with.
+
+        None until others have closed. InputError if it can never be.
+        """
         needed = -(-capacity // self.size)
         if needed > self.count:
             raise InputError(f"{capacity} positions, but the cache holds {self.count * self.size}")
-        if needed > self.free - self._promised:
+        held = sum(self._holders[page] > 0 for _, page in self._known(b"", ids))  # by others: they take no free page
+        if needed - held > self.free - self._promised:
             return None
         self._promised += needed
-        return Text(needed)
+        text = Holding(needed)
+        self.recall(text, ids)
+        return text
 
-    def recall(self, text: Text, ids: Sequence[int]) -> int:
-        """Take up the named pages that a text with nothing in it begins with; how many positions they hold."""
-        assert not text.pages
-        for first in range(0, len(ids) - self.size + 1, self.size):
-            name = name_of(text.name, ids[first : first + self.size])
-            if name not in self._named:
-                break
-            self._hold(text, self._named[name])
+    def recall(self, text: Holding, ids: Sequence[int]) -> int:
+        """Take up the named pages that a text begins with, before it is filled itself; how many positions they hold."""
+        assert text.length == len(text.pages) * self.size, "a text has begun to be filled"
+        for name, page in self._known(text.name, ids[text.length :]):
+            self._hold(text, page)
             text.name = name
             text.length += self.size
         return text.length
 
-    def reserve(self, text: Text, count: int) -> None:
+    def _known(self, before: bytes, ids: Sequence[int]) -> Iterator[tuple[bytes, int]]:
+        """The named pages of these ids, after the page named so."""
+        name = before
+        for first in range(0, len(ids) - self.size + 1, self.size):
+            name = name_of(name, ids[first : first + self.size])
+            if name not in self._named:
+                return
+            yield name, self._named[name]
+
+    def reserve(self, text: Holding, count: int) -> None:
         """A place for `count` more positions."""
         while len(text.pages) * self.size < text.length + count:
             assert text.promised, "a text grows beyond its capacity"
             self._hold(text, self._blank.pop() if self._blank else self._forget())
 
-    def filled(self, text: Text, ids: Sequence[int]) -> None:
+    def filled(self, text: Holding, ids: Sequence[int]) -> None:
         """The text has grown by these, and their keys and values are where they were reserved a place."""
         text.length += len(ids)
         text.tail += ids
@@ -98,7 +110,7 @@ class PagePool:
             if text.name not in self._named:  # another may have been filled with the same at the same time
                 self._named[text.name], self._names[page] = page, text.name
 
-    def close(self, text: Text) -> None:
+    def close(self, text: Holding) -> None:
         self._promised -= text.promised
         for page in reversed(text.pages):
             self._holders[page] -= 1
@@ -110,7 +122,7 @@ class PagePool:
                 self._blank.append(page)
         text.pages, text.promised = [], 0
 
-    def _hold(self, text: Text, page: int) -> None:
+    def _hold(self, text: Holding, page: int) -> None:
         self._resting.pop(page, None)
         self._holders[page] += 1
         text.pages.append(page)

@@ -11,7 +11,8 @@ others. Everything but attention looks at single positions, so the weights are r
 looks into the cache of each text by itself. What a text becomes thus depends on the others only by the rounding of
 sums: its ids are those that it gets alone, unless two ids are as likely as each other up to rounding.
 
-Memory is bounded: a text joins when the positions that it may come to have are free, in the order of submission.
+Memory is bounded: a text joins when the positions that it may come to have are free, in the order of submission. Where
+others have read its first ids, and a backend lets it use their memory, these are neither read nor counted again.
 
 Dimensions as in model.py; N is the number of positions of a step.
 """
@@ -60,8 +61,15 @@ class Backend(Protocol[Memory]):
     @property
     def config(self) -> Config: ...
 
-    def open(self, capacity: int) -> Memory:
-        """Room for a text of up to `capacity` positions. InputError if there is none."""
+    def open(self, capacity: int, ids: Sequence[int]) -> Memory | None:
+        """Room for a text of up to `capacity` positions, the first of which may be these ids as others have read them.
+
+        None until others have closed. InputError if there is none.
+        """
+        ...
+
+    def recall(self, memory: Memory, ids: Sequence[int]) -> int:
+        """How many of these first ids a text need not read, since others have. It has read none."""
         ...
 
     def close(self, memory: Memory) -> None:
@@ -83,12 +91,15 @@ class ReferenceBackend:
     def config(self) -> Config:
         return self._model.config
 
-    def open(self, capacity: int) -> Cache:
+    def open(self, capacity: int, ids: Sequence[int]) -> Cache:
         """A cache of its own."""
         try:
             return new_cache(self._model, 1, capacity)
         except MemoryError as error:
             raise InputError(f"not enough memory for the keys and values of {capacity} tokens") from error
+
+    def recall(self, memory: Cache, ids: Sequence[int]) -> int:
+        return 0  # no text knows of another
 
     def close(self, memory: Cache) -> None:
         pass  # it is freed with the last reference to it
@@ -153,6 +164,11 @@ class Job:
     prompt_logprobs: int | None = None  # report log-probabilities of the prompt's ids, and of this many best ones
 
 
+def beginning(job: Job) -> Sequence[int]:
+    """Ids that need not be read if others have: all of the prompt but the last, if no logits after them are wanted."""
+    return job.request.prompt[:-1] if job.prompt_logprobs is None else ()
+
+
 @dataclass(frozen=True)
 class Scores:
     """Log-probabilities of a prompt, before the first piece of its continuation: of every id but the first."""
@@ -204,6 +220,7 @@ class Text(Generic[Memory]):
     capacity: int
     memory: Memory | None = None  # once it has joined
     read: int = 0  # ids that the model has seen
+    recalled: int = 0  # of them, by way of other texts
     logprobs: list[float] = field(default_factory=list)  # of the prompt, as far as it was read
     top: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
 
@@ -235,7 +252,7 @@ class Batch(Generic[Memory]):
     @property
     def positions(self) -> int:
         """That are set aside for the texts that are being continued."""
-        return sum(self._texts[handle].capacity for handle in self._running)
+        return sum(self._texts[handle].capacity - self._texts[handle].recalled for handle in self._running)
 
     def submit(self, job: Job) -> int:
         """A handle, by which its events are known. It joins in a later step.
@@ -290,12 +307,14 @@ class Batch(Generic[Memory]):
             if self.positions + text.capacity > self.limits.positions:
                 break  # those behind it could fit, but would then keep it waiting for ever
             try:
-                text.memory = self._backend.open(text.capacity)
+                text.memory = self._backend.open(text.capacity, beginning(text.job))
             except InputError as error:
                 self._leave(handle)
                 failures.append(Failure(handle, error))
-            else:
-                self._running.append(self._waiting.popleft())
+                continue
+            if text.memory is None:
+                break
+            self._running.append(self._waiting.popleft())
         return failures
 
     def _leave(self, handle: int) -> None:
@@ -313,6 +332,9 @@ class Batch(Generic[Memory]):
             if text.read >= len(text.job.request.prompt):
                 lengths[handle] = 1
             elif left:
+                if text.read == 0:
+                    assert text.memory is not None
+                    text.read = text.recalled = self._backend.recall(text.memory, beginning(text.job))
                 lengths[handle] = min(left, text.unread)
                 left -= lengths[handle]
         return lengths

@@ -54,8 +54,8 @@ class Watched(ReferenceBackend):
         self.open_memories: list[Cache] = []
         self.steps: list[list[int]] = []
 
-    def open(self, capacity: int) -> Cache:
-        memory = super().open(capacity)
+    def open(self, capacity: int, ids: Sequence[int]) -> Cache:
+        memory = super().open(capacity, ids)
         memory.keys[...], memory.values[...] = np.nan, np.nan
         self.open_memories.append(memory)
         return memory
@@ -344,10 +344,10 @@ class Failing(Watched):
     spoiled: int | None = None  # row of the step whose logits become NaN
     full = False
 
-    def open(self, capacity: int) -> Cache:
+    def open(self, capacity: int, ids: Sequence[int]) -> Cache:
         if self.full:
             raise InputError("no memory")
-        return super().open(capacity)
+        return super().open(capacity, ids)
 
     def advance(self, segments: Sequence[Segment[Cache]]) -> list[Array]:
         logits = super().advance(segments)
@@ -399,4 +399,4 @@ def test_lack_of_memory_ends_the_text_that_it_was_for() -> None:
 
 def test_memory_that_the_system_does_not_have_is_one_line() -> None:
     with pytest.raises(InputError, match="not enough memory for the keys and values of 1000000000000 tokens"):
-        ReferenceBackend(model()).open(10**12)
+        ReferenceBackend(model()).open(10**12, ())

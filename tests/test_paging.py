@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from mutants import Mutant
 
 from neox.gpu import paging
-from neox.gpu.paging import PagePool, Text
+from neox.gpu.paging import Holding, PagePool
 from neox.reference.errors import InputError
 
 
@@ -22,16 +22,19 @@ class Kept:
     def __init__(self, count: int, size: int) -> None:
         self.pool = PagePool(count, size)
         self.cells: list[list[tuple[int, ...]]] = [[()] * size for _ in range(count)]
-        self.open: list[tuple[Text, list[int], int]] = []  # with the ids so far, and the capacity
+        self.open: list[tuple[Holding, list[int], int]] = []  # with the ids so far, and the capacity
 
-    def begin(self, ids: list[int], more: int) -> None:
+    def begin(self, ids: list[int], more: int, at_once: bool) -> None:
         """A text that begins with these ids, as far as others' pages hold them, and may come to have `more` besides."""
         size, capacity = self.pool.size, len(ids) + more
-        promised = sum(-(-room // size) - len(text.pages) for text, _, room in self.open)
-        text = self.pool.open(capacity)
-        assert (text is None) == (-(-capacity // size) + promised > self.pool.free)  # no room is kept back
+        spare = self.pool.free - sum(-(-room // size) - len(text.pages) for text, _, room in self.open)
+        holders = self.holders()
+        text = self.pool.open(capacity, ids if at_once else ())
         if text is None:
+            assert -(-capacity // size) > spare
             return
+        shared = sum(page in holders for page in text.pages)
+        assert -(-capacity // size) - shared <= spare  # what is promised is there
         known = self.pool.recall(text, ids)
         assert known == text.length <= len(ids)
         assert known % size == 0
@@ -73,9 +76,9 @@ class AnyTexts(RuleBasedStateMachine):
         super().__init__()
         self.kept = Kept(7, 3)
 
-    @rule(ids=IDS, more=st.integers(1, 9))
-    def begin(self, ids: list[int], more: int) -> None:
-        self.kept.begin(ids, more)
+    @rule(ids=IDS, more=st.integers(1, 9), at_once=st.booleans())
+    def begin(self, ids: list[int], more: int, at_once: bool) -> None:
+        self.kept.begin(ids, more, at_once)
 
     @rule(index=st.integers(0, 9), ids=IDS)
     def grow(self, index: int, ids: list[int]) -> None:
@@ -113,7 +116,7 @@ def walk() -> int:
         for _ in range(60):
             ids, what = (rng.random(rng.integers(0, 12)) < 0.05).astype(int).tolist(), rng.integers(3)
             if what == 0:
-                kept.begin(ids, int(rng.integers(1, 9)))
+                kept.begin(ids, int(rng.integers(1, 9)), bool(rng.integers(2)))
                 shared += sum(count - 1 for count in kept.holders().values())
             elif kept.open and what == 1:
                 kept.grow(int(rng.integers(9)), ids)
@@ -126,7 +129,7 @@ def walk() -> int:
     return shared
 
 
-def read(pool: PagePool, ids: list[int]) -> tuple[Text, int]:
+def read(pool: PagePool, ids: list[int]) -> tuple[Holding, int]:
     """A text with these ids and room for one more, and how many of them others' pages held."""
     text = pool.open(len(ids) + 1)
     assert text is not None
@@ -151,10 +154,11 @@ def check_sharing() -> None:
     pool.close(second)
     pool.close(third)
     assert read(pool, [9, 2, 3, 4])[1] == 4  # it rests
-    pool = PagePool(9, 2)
+    pool = PagePool(12, 2)
     read(pool, [1, 2, 3, 4])
     read(pool, [5, 6])
     assert read(pool, [5, 6, 3, 4])[1] == 2  # the same ids after others are not the same
+    assert read(pool, [5, 6, 3, 4])[1] == 4
 
 
 def check_what_is_forgotten() -> None:
@@ -176,6 +180,19 @@ def check_opening() -> None:
     assert pool.open(3) is not None
     pool.close(first)
     assert pool.open(9) is not None
+    pool = PagePool(5, 2)
+    read(pool, [1, 2, 3, 4])  # two pages, and one promised
+    assert pool.open(6) is None
+    text = pool.open(8, [1, 2, 3, 4, 5])  # two pages of its own are free
+    assert text is not None
+    assert text.length == 4
+    assert pool.recall(text, [1, 2, 3, 4, 5]) == 4
+    assert pool.open(1) is None
+    pool = PagePool(5, 2)
+    read(pool, [1, 2, 1, 2])
+    text = pool.open(4, [1, 2, 3])
+    assert text is not None
+    assert pool.recall(text, [1, 2, 3]) == 2
 
 
 CHECKS = {
@@ -204,11 +221,15 @@ MUTANTS = [
     of("name_of", "a page known by its first id", "walks", ("ids, ", "ids[:1], ")),
     of("open", "promises forgotten", "opening", ("self.free - self._promised", "self.free")),
     of("open", "a page too few", "walks", ("-(-capacity // self.size)", "capacity // self.size")),
-    of("open", "room kept back", "walks", ("needed > self.free", "needed + 1 > self.free")),
+    of("open", "room kept back", "walks", ("needed - held >", "needed - held + 1 >")),
+    of("open", "no less for what is shared", "opening", ("needed - held", "needed")),
+    of("open", "resting pages counted twice", "walks", ("self._holders[page] > 0", "True")),
+    of("open", "nothing taken up", "opening", ("self.recall(text, ids)", "pass")),
     of("open", "what can never be waits", "opening", ("needed > self.count", "False")),
-    of("recall", "nothing recalled", "sharing", ("if name not in self._named", "if True")),
-    of("recall", "the first page only", "sharing", ("- self.size + 1", "- 2 * self.size + 1")),
-    of("recall", "half a page recalled", "walks", ("len(ids) - self.size + 1", "len(ids)"), ("+= self.size", "+= 1")),
+    of("_known", "nothing known", "sharing", ("if name not in self._named", "if True")),
+    of("_known", "the last page not looked for", "sharing", ("- self.size + 1", "- 2 * self.size + 1")),
+    of("_known", "the first page only", "sharing", ("name = name_of(name, ", "name = name_of(before, ")),
+    of("recall", "from the beginning again", "opening", ("ids[text.length :]", "ids")),
     of("recall", "length forgotten", "walks", ("text.length += self.size", "pass")),
     of("recall", "name forgotten", "sharing", ("text.name = name", "pass")),
     of("reserve", "one page whatever is needed", "walks", ("while ", "if ")),
