@@ -22,8 +22,9 @@ from neox.distributed.sharding import check_ranks, share, slices
 from neox.distributed.sums import Sums
 from neox.gpu import model as whole
 from neox.gpu import ops
-from neox.gpu.decode import Cache, CachedDecoder, Step, Ways
+from neox.gpu.decode import Cache, CachedDecoder, Step, Ways, fused_branches, fuses
 from neox.gpu.device import Array, Device
+from neox.gpu.fused import fused_output
 from neox.gpu.load import source_of_array, upload
 from neox.gpu.model import Keys, Layer, Linear, Mix, Model, Place, Workspace, attention, mlp, unembed
 from neox.reference import model as reference
@@ -171,6 +172,26 @@ def forward(shard: DeviceShard, ids: ArrayLike) -> NDArray[np.float32]:  # (B,T)
 # Decoding.
 
 
+def fused_layer(shard: DeviceShard, index: int, cache: Keys, step: Step) -> None:
+    """What `layer` computes of a parallel block, in three launches and the sum, for a few texts (gpu/fused.py)."""
+    work, p, (bias,) = step.work, shard.model.params.layers[index], shard.biases[index]
+    fused_branches(p, shard.model, cache, step)
+    factors = work.z, p.attention.dense.weight, None, work.activated, p.mlp.dense_4h_to_h.weight, None
+    fused_output(*factors, None, work.mlp, step.taken[:1])
+    _add_up(shard, work.mlp, bias, work)
+
+
+def step_through_layers(shard: DeviceShard, cache: Cache, step: Step) -> None:
+    """step.ids -> step.work.x, as through_layers."""
+    if not fuses(shard.model, step.ids.shape[0]):
+        mix = whole.mix_each(step.place, step.partial)
+        through_layers(shard, cache, step.ids, step.place, step.work, mix)
+        return
+    embed(shard, step.ids, step.work)
+    for index in range(shard.config.num_hidden_layers):
+        fused_layer(shard, index, cache.of_layer(index), step)
+
+
 def ways_of(shard: DeviceShard) -> Ways:
     """How positions go through the layers on a rank, for gpu/decode.py."""
 
@@ -178,7 +199,7 @@ def ways_of(shard: DeviceShard) -> Ways:
         through_layers(shard, cache, ids, place, work, mix)
 
     def step(_: Model, cache: Cache, step: Step) -> None:
-        through_layers(shard, cache, step.ids, step.place, step.work, whole.mix_each(step.place, step.partial))
+        step_through_layers(shard, cache, step)
 
     return Ways(prompts, step, shard.sums.captured, lambda array: fetched(shard, array))
 

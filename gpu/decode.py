@@ -118,26 +118,31 @@ def fuses(model: Model, rows: int) -> bool:
     return config.use_parallel_residual and fits
 
 
-def fused_layer(p: Layer, model: Model, cache: Keys, step: Step) -> None:
-    """step.work.x -> step.work.x: what `layer` of model.py computes of a parallel block, in three launches."""
-    work, eps, taken = step.work, model.config.layer_norm_eps, step.taken[:1]
-    first, second, into, dense = (
+def fused_branches(p: Layer, model: Model, cache: Keys, step: Step) -> None:
+    """step.work.x -> step.work.z and activated: of both branches of a parallel block all but the way back."""
+    work, eps = step.work, model.config.layer_norm_eps
+    first, second, into, up = (
         *(p.input_layernorm, p.post_attention_layernorm),
-        *(p.attention.query_key_value, p.attention.dense),
+        *(p.attention.query_key_value, p.mlp.dense_h_to_4h),
     )
-    up, down = p.mlp.dense_h_to_4h, p.mlp.dense_4h_to_h
     assert up.bias is not None
-    assert down.bias is not None
     stand = step.place.texts, step.place.positions
     fused.fused_qkv(
         *(work.x, first.weight, first.bias, eps, into.weight, into.bias),
-        *(model.cos, model.sin, *stand, work.q, *cache, taken),
+        *(model.cos, model.sin, *stand, work.q, *cache, step.taken[:1]),
     )
     fused.fused_mlp(
         *(work.x, second.weight, second.bias, eps, up.weight, up.bias, model.config.hidden_act, work.activated),
         *(work.q, *cache, *stand, step.partial, work.z, step.arrived, step.taken),
     )
-    fused.fused_output(work.z, dense.weight, dense.bias, work.activated, down.weight, down.bias, work.x, taken)
+
+
+def fused_layer(p: Layer, model: Model, cache: Keys, step: Step) -> None:
+    """step.work.x -> step.work.x: what `layer` of model.py computes of a parallel block, in three launches."""
+    work, dense, down = step.work, p.attention.dense, p.mlp.dense_4h_to_h
+    fused_branches(p, model, cache, step)
+    factors = work.z, dense.weight, dense.bias, work.activated, down.weight, down.bias
+    fused.fused_output(*factors, work.x, work.x, step.taken[:1])
 
 
 def step_through_layers(model: Model, cache: Cache, step: Step) -> None:

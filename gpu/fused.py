@@ -45,27 +45,26 @@ def fused_qkv(
 ) -> None:
     """Norm, product with query_key_value, bias and rotation of N positions; their keys and values are appended.
 
-    x: float32 (N,C); gain, shift: (C) of the norm; weight: (3C,C); bias: (3C) or None; cos, sin: float32 (P,R/2);
-    texts, positions: int32 (N), which must lie in the cache and the tables; q: (N,C); keys, values: (pages,H,S,D);
+    x: float32 (N,C); gain, shift: (C) of the norm; weight: (3HD,C); bias: (3HD) or None; cos, sin: float32 (P,R/2);
+    texts, positions: int32 (N), which must lie in the cache and the tables; q: (N,HD); keys, values: (pages,H,S,D);
     pages: int32 (B,P), of each text; taken: uint32 (1).
     """
-    (N, C), (_, _, S, D), (known, half) = x.shape, keys.shape, cos.shape
+    (N, C), (_, H, S, D), (known, half) = x.shape, keys.shape, cos.shape
     _check_norm(x, gain, shift, weight)
     ops.check_cache(q, keys, values, pages, texts, positions)
-    expect("q", q, (N, C), weight.dtype)
-    expect("weight", weight, (3 * C, C), weight.dtype)
+    expect("q", q, (N, H * D), weight.dtype)
+    expect("weight", weight, (3 * H * D, C), weight.dtype)
     if bias is not None:
-        expect("bias", bias, (3 * C,), weight.dtype)
+        expect("bias", bias, (3 * H * D,), weight.dtype)
     for table in (cos, sin):
         expect("cos and sin", table, (known, half), np.float32)
     if not 0 < 2 * half <= D or D % 8:
         raise ValueError(f"{2 * half} of {D} dims cannot be rotated, or {D} is no multiple of 8")
     expect("taken", taken, (1,), np.uint32)
     name = f"fused_qkv<{_type_of(weight)}, {_rows(N)}>"
-    sizes = (np.int32(N), np.int32(C), np.int32(D), np.int32(2 * half), np.int32(pages.shape[1]), np.int32(S))
-    cache = (keys, values, pages)
+    sizes, cache = map(np.int32, (N, C, H, D, 2 * half, pages.shape[1], S)), (keys, values, pages)
     arguments = (x, gain, shift, weight, bias, cos, sin, texts, positions, q, *cache, taken, *sizes, np.float32(eps))
-    _launch(replace(ops.FUSED_QKV, kernels=(name,)), N, 3 * C, blocks, arguments, _normed_bytes(N, C))
+    _launch(replace(ops.FUSED_QKV, kernels=(name,)), N, 3 * H * D, blocks, arguments, _normed_bytes(N, C))
 
 
 def fused_mlp(
@@ -99,8 +98,8 @@ def fused_mlp(
     _check_norm(x, gain, shift, up)
     ops.check_cache(q, keys, values, pages, texts, positions)
     for name, array, shape in (
-        ("q", q, (N, C)),
-        ("z", z, (N, C)),
+        ("q", q, (N, H * D)),
+        ("z", z, (N, H * D)),
         ("activated", activated, (N, F)),
         ("up", up, (F, C)),
     ):
@@ -114,7 +113,7 @@ def fused_mlp(
     name = f"fused_mlp<{_type_of(up)}, {ops.ACTIVATIONS[activation]}, {D}, {_rows(N)}>"
     arguments: list[Argument] = [x, gain, shift, up, up_bias, activated, q, keys, values, pages, texts, positions]
     arguments += [partial, z, arrived, taken, np.int32(x.device.multiprocessors), np.int32(splits)]
-    arguments += [*map(np.int32, (N, C, F, pages.shape[1], S)), np.float32(eps)]
+    arguments += [*map(np.int32, (N, C, F, H, pages.shape[1], S)), np.float32(eps)]
     shared = max(_normed_bytes(N, C), _groups_bytes(D))
     _launch(replace(ops.FUSED_MLP, kernels=(name,)), N, F, blocks, arguments, shared)
 
@@ -125,19 +124,23 @@ def fused_output(
     dense_bias: Array | None,
     activated: Array,
     down: Array,
-    down_bias: Array,
+    down_bias: Array | None,
+    before: Array | None,
     x: Array,
     taken: Array,
     *,
     blocks: int | None = None,
 ) -> None:
-    """x += z dense^T + activated down^T + biases: (N,C), (C,C), (C) or None, (N,F), (C,F), (C) -> float32 (N,C).
+    """x = before + z dense^T + activated down^T + biases: (N,I), (C,I), (C), (N,F), (C,F), (C) -> float32 (N,C).
 
-    N up to 16, float16 or bfloat16, C and F multiples of 8; taken: uint32 (1).
+    before: float32 (N,C), which may be x; it and the biases may be None. N up to 16, float16 or bfloat16, C, I and F
+    multiples of 8; taken: uint32 (1).
     """
-    (N, C), (_, F) = x.shape, activated.shape
-    expect("x", x, (N, C), np.float32)
-    for name, array, shape in (("z", z, (N, C)), ("dense", dense, (C, C)), ("activated", activated, (N, F))):
+    (N, C), (_, inputs), (_, F) = x.shape, z.shape, activated.shape
+    for array in (x, before):
+        if array is not None:
+            expect("x and before", array, (N, C), np.float32)
+    for name, array, shape in (("z", z, (N, inputs)), ("dense", dense, (C, inputs)), ("activated", activated, (N, F))):
         expect(name, array, shape, down.dtype)
     expect("down", down, (C, F), down.dtype)
     for bias in (dense_bias, down_bias):
@@ -145,8 +148,11 @@ def fused_output(
             expect("bias", bias, (C,), down.dtype)
     expect("taken", taken, (1,), np.uint32)
     _check_pieces(z, dense, activated, down)
+    if C % 8:
+        raise ValueError(f"{C} outputs are no multiple of 8")
     name = f"fused_output<{_type_of(down)}, {_rows(N)}>"
-    arguments = (z, dense, dense_bias, activated, down, down_bias, x, taken, np.int32(N), np.int32(C), np.int32(F))
+    sizes = map(np.int32, (N, C, inputs, F))
+    arguments = (z, dense, dense_bias, activated, down, down_bias, before, x, taken, *sizes)
     _launch(replace(ops.FUSED_OUTPUT, kernels=(name,)), N, C, blocks, arguments)
 
 

@@ -75,16 +75,16 @@ def completions(m: Model, ranks: int, requests: Sequence[Request], dtype: str) -
 
 def texts_are_those_of_one_device() -> None:
     """Greedy ones of several lengths in a batch, which end one after the other, and go on for twenty steps."""
-    for config in (CONFIG, SEQUENTIAL):
-        m = drawn(config, 5, "float32")
+    for config, dtype in ((CONFIG, "float32"), (SEQUENTIAL, "float32"), (CONFIG, "float16")):
+        m = drawn(config, 5, dtype)
         generator = np.random.default_rng(2)
         requests = [
             Request(generator.integers(0, config.vocab_size, length).tolist(), count, GREEDY, ignore_eos=True)
             for length, count in ((5, 6), (13, 21), (1, 12))
         ]
-        one = complete(gpu.CachedDecoder(gpu.to_device(m, own_device(0), "float32")), requests)
+        one = complete(gpu.CachedDecoder(gpu.to_device(m, own_device(0), dtype)), requests)
         for ranks in (2, 3):
-            assert [each.ids for each in completions(m, ranks, requests, "float32")] == [each.ids for each in one]
+            assert [each.ids for each in completions(m, ranks, requests, dtype)] == [each.ids for each in one]
 
 
 @dataclass

@@ -43,24 +43,35 @@ def roundings(*inputs: int) -> int:
 
 
 def check_output(
-    device: Device, N: int, C: int, F: int, dtype: str, blocks: int = 3, biased: bool = True, seed: int = 0
+    device: Device,
+    N: int,
+    C: int,
+    F: int,
+    dtype: str,
+    blocks: int = 3,
+    biased: bool = True,
+    seed: int = 0,
+    inputs: int = 0,
+    whole: bool = True,
 ) -> None:
-    rng = np.random.default_rng(seed)
-    z, activated = numbers(rng, dtype, N, C), numbers(rng, dtype, N, F)
-    dense, down = numbers(rng, dtype, C, C, scale=C**-0.5), numbers(rng, dtype, C, F, scale=F**-0.5)
+    """inputs: of heads, 0 for C. A part of a whole has no residual, and no biases."""
+    rng, inputs = np.random.default_rng(seed), inputs or C
+    z, activated = numbers(rng, dtype, N, inputs), numbers(rng, dtype, N, F)
+    dense, down = numbers(rng, dtype, C, inputs, scale=inputs**-0.5), numbers(rng, dtype, C, F, scale=F**-0.5)
     dense_bias, down_bias = numbers(rng, dtype, C, scale=0.3), numbers(rng, dtype, C, scale=0.3)
     x = rng.normal(size=(N, C)).astype(np.float32)
-    stream = device.array(x)
+    stream = device.array(x if whole else np.full((N, C), np.nan, np.float32))
     a, w, b, c, v, d = (device.array(array) for array in (z, dense, dense_bias, activated, down, down_bias))
+    given = (a, w, b if biased else None, c, v, d, stream) if whole else (a, w, None, c, v, None, None)
     taken = device.zeros(1, "uint32")
-    fused.fused_output(a, w, b if biased else None, c, v, d, stream, taken, blocks=blocks)
+    fused.fused_output(*given, stream, taken, blocks=blocks)
 
     factors = wide(z, dense, activated, down)
-    terms = wide(x, down_bias, dense_bias * biased)
+    terms = wide(*((x, down_bias, dense_bias * biased) if whole else [np.zeros(C)]))
     exact = factors[0] @ factors[1].T + factors[2] @ factors[3].T + sum(terms)
     magnitudes = np.abs(factors[0]) @ np.abs(factors[1]).T + np.abs(factors[2]) @ np.abs(factors[3]).T
     error = np.abs(stream.get() - exact)
-    assert (error <= roundings(C, F) * STEP * (magnitudes + sum(map(np.abs, terms)))).all()
+    assert (error <= roundings(inputs, F) * STEP * (magnitudes + sum(map(np.abs, terms)))).all()
     assert taken.get() == 0
 
 
@@ -72,6 +83,12 @@ INNER = st.sampled_from((8, 32, 136, 320, 1544))  # the last: a round of slices,
 @given(devices(), ROWS, COLUMNS, INNER, SHORT, st.sampled_from((1, 2, 5, 264)), st.booleans(), seeds)
 def test_the_outputs_of_both_branches_are_added(device, N, C, F, dtype, blocks, biased, seed) -> None:
     check_output(device, N, C, F, dtype, blocks, biased, seed)
+
+
+@settings(max_examples=30)
+@given(devices(), ROWS, COLUMNS, COLUMNS, INNER, SHORT, st.sampled_from((1, 5)), st.booleans(), st.booleans(), seeds)
+def test_some_heads_and_neurons_add_their_part(device, N, C, inputs, F, dtype, blocks, biased, whole, seed) -> None:
+    check_output(device, N, C, F, dtype, blocks, biased, seed, inputs, whole)
 
 
 # Against the kernels that they are made of.
@@ -108,11 +125,13 @@ def check_qkv(
     S: int = 9,
     seed: int = 0,
     P: int = 1,
+    C: int = 0,
 ) -> None:
-    """3 texts of P pages of S positions each."""
-    rng, C = np.random.default_rng(seed), H * D
+    """3 texts of P pages of S positions each. C: of the stream, 0 for H D, which it is where no rank has some heads."""
+    rng, C = np.random.default_rng(seed), C or H * D
     x, gain, shift = map(device.array, normed(rng, dtype, N, C))
-    weight, bias = device.array(numbers(rng, dtype, 3 * C, C, scale=C**-0.5)), device.array(numbers(rng, dtype, 3 * C))
+    weight = device.array(numbers(rng, dtype, 3 * H * D, C, scale=C**-0.5))
+    bias = device.array(numbers(rng, dtype, 3 * H * D))
     slots = rng.choice(3 * P * S, N, replace=False)
     texts, positions = (device.array(a.astype(np.int32)) for a in (slots // (P * S), slots % (P * S)))
     pages = device.array(rng.permutation(3 * P).reshape(3, P).astype(np.int32))
@@ -121,12 +140,13 @@ def check_qkv(
     given, taken = bias if biased else None, device.zeros(1, "uint32")
     results = []
     for fuse in (True, False):
-        q, keys, values = device.empty((N, C), dtype), *(empty_cache(device, dtype, 3 * P, H, S, D) for _ in range(2))
+        q = device.empty((N, H * D), dtype)
+        keys, values = (empty_cache(device, dtype, 3 * P, H, S, D) for _ in range(2))
         rest = (cos, sin, texts, positions, q, keys, values, pages)
         if fuse:
             fused.fused_qkv(x, gain, shift, EPS, weight, given, *rest, taken, blocks=blocks)
         else:
-            row, qkv = device.empty((N, C), dtype), device.empty((N, 3 * C), "float32")
+            row, qkv = device.empty((N, C), dtype), device.empty((N, 3 * H * D), "float32")
             ops.layer_norm(x, gain, shift, EPS, row)
             ops.product_naive(row, weight, qkv)
             ops.rotary_append(qkv, given, *rest)
@@ -153,6 +173,13 @@ def test_queries_keys_and_values_are_those_of_the_plain_kernels(
     check_qkv(device, N, H, head[0], head[1], dtype, blocks, biased, table[0], seed, table[1])
 
 
+@settings(max_examples=15)
+@given(devices(), ROWS, st.integers(1, 3), HEADS, SHORT, st.sampled_from((40, 120, 264)), seeds)
+def test_some_heads_of_a_model_are_those_of_the_plain_kernels(device, N, H, head, dtype, C, seed) -> None:
+    check_qkv(device, N, H, head[0], head[1], dtype, seed=seed, C=C)
+    check_mlp(device, [7, 40][:N], H, max(24, head[0]), 40, dtype, seed=seed, C=C)
+
+
 def test_positions_over_1000() -> None:
     for device in all_devices():
         check_qkv(device, 5, 2, 24, 6, "float16", 2, True, 1500)
@@ -171,12 +198,16 @@ def check_mlp(
     activation: str = "gelu_fast",
     seed: int = 0,
     size: int = 0,
+    C: int = 0,
 ) -> None:
-    """Query n belongs to text N - n of N + 1; the cache is NaN beyond each text. size: of pages, 0 for one each."""
-    rng, C, N, S = np.random.default_rng(seed), H * D, len(lengths), max(lengths) + 2
+    """Query n belongs to text N - n of N + 1; the cache is NaN beyond each text. size: of pages, 0 for one each.
+
+    C: as of check_qkv.
+    """
+    rng, C, N, S = np.random.default_rng(seed), C or H * D, len(lengths), max(lengths) + 2
     x, gain, shift = map(device.array, normed(rng, dtype, N, C))
     up, bias = device.array(numbers(rng, dtype, F, C, scale=C**-0.5)), device.array(numbers(rng, dtype, F, scale=0.3))
-    q, keys, values = numbers(rng, dtype, N, C), *(numbers(rng, dtype, N + 1, H, S, D) for _ in range(2))
+    q, keys, values = numbers(rng, dtype, N, H * D), *(numbers(rng, dtype, N + 1, H, S, D) for _ in range(2))
     texts, positions = np.arange(N, 0, -1, dtype=np.int32), np.array(lengths, np.int32) - 1
     for t, p in zip(texts, positions, strict=True):
         keys[t, :, p + 1 :] = values[t, :, p + 1 :] = np.nan
@@ -185,7 +216,7 @@ def check_mlp(
     over = queries, k, v, device.array(pages), device.array(texts), device.array(positions)
     partial = device.empty((N, H, splits, D + 2), "float32")
     activated, plain_activated = (device.empty((N, F), dtype) for _ in range(2))
-    z, plain_z, row = (device.empty((N, C), dtype) for _ in range(3))
+    row, z, plain_z = device.empty((N, C), dtype), *(device.empty((N, H * D), dtype) for _ in range(2))
     hidden = device.empty((N, F), "float32")
     arrived, taken = device.zeros((N, H), "uint32"), device.zeros(2, "uint32")
     streams = (x, gain, shift, EPS, up, bias, activation, activated)
@@ -229,11 +260,13 @@ def test_shapes_and_dtypes_of_the_output_are_checked() -> None:
     right: dict[str, Array] = {
         "z": empty((3, 24), "float16"), "dense": empty((24, 24), "float16"), "dense_bias": empty(24, "float16"),
         "activated": empty((3, 40), "float16"), "down": empty((24, 40), "float16"), "down_bias": empty(24, "float16"),
-        "x": device.zeros((3, 24), "float32"), "taken": device.zeros(1, "uint32"),
+        "before": device.zeros((3, 24), "float32"), "x": device.zeros((3, 24), "float32"),
+        "taken": device.zeros(1, "uint32"),
     }  # fmt: skip
     fused.fused_output(*right.values())
     for name, wrong in [
         ("z", empty((3, 16), "float16")), ("dense", empty((24, 16), "float16")), ("x", empty((3, 24), "float16")),
+        ("before", empty((2, 24), "float32")),
         ("dense_bias", empty(24, "float32")), ("activated", empty((2, 40), "float16")),
         ("x", empty((3, 25), "float32")), ("down", empty((24, 40), "bfloat16")), ("down_bias", empty(25, "float16")),
     ]:  # fmt: skip
@@ -285,6 +318,7 @@ def output_arrays(device: Device, N: int, C: int, F: int, dtype: str) -> list[Ar
     shapes = (N, C), (C, C), (C,), (N, F), (C, F), (C,)
     return [
         *(device.empty(shape, dtype) for shape in shapes),
+        device.empty((N, C), "float32"),
         device.empty((N, C), "float32"),
         device.zeros(1, "uint32"),
     ]

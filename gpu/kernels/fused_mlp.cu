@@ -91,9 +91,8 @@ fused_mlp(const float* __restrict__ x, const T* __restrict__ gain, const T* __re
           const T* __restrict__ keys, const T* __restrict__ values, const int* __restrict__ pages,
           const int* __restrict__ texts, const int* __restrict__ positions, float* partial, T* __restrict__ z,
           unsigned* __restrict__ arrived, unsigned* __restrict__ taken, int attending, int splits, int N, int C, int F,
-          int P, int S, float eps) {
+          int H, int P, int S, float eps) {
     DYNAMIC_SHARED(T, normed);
-    const int H = C / D;
     const Attention<T> attention{q,         keys,    values, {pages, P, H, S, D}, texts,
                                  positions, partial, z,      arrived,             N * H, splits};
     const bool first = blockIdx.x < attending;

@@ -1,13 +1,14 @@
 // What attention and MLP add to the residual stream, as one product, for up to 16 rows:
 //
-//   x[n,c] += sum_i z[n,i] dense[c,i] + sum_f activated[n,f] down[c,f] + (dense_bias[c] + down_bias[c])
+//   x[n,c] = before[n,c] + sum_i z[n,i] dense[c,i] + sum_f activated[n,f] down[c,f] + (dense_bias[c] + down_bias[c])
 //
-//   z          T      (N,C)
-//   dense      T      (C,C)
+//   z          T      (N,I)   I = C, or less on one of several ranks, which has some of the heads
+//   dense      T      (C,I)
 //   activated  T      (N,F)
 //   down       T      (C,F)
-//   biases     T      (C)     dense_bias or null: some models have none
-//   x          float  (N,C)   the residual stream; each number is read and written by one thread
+//   biases     T      (C)     or null: some models have no dense_bias, and a rank has neither
+//   before     float  (N,C)   the residual stream: x itself, or null on a rank, which computes a part of what is added
+//   x          float  (N,C)   each number is read and written by one thread
 //   taken      unsigned       of the stream: 0 before the launch and after it
 //
 // The two sums are one, first over i, then over f, which the warps of a block share out (stream.cuh): were each of 6144
@@ -15,38 +16,41 @@
 // is the same in every run.
 //
 // Grid: as many blocks as fit on the card at once, at most ceil(C / 16). Block: STREAM_THREADS.
-// Preconditions: N <= ROWS; C and F multiples of 8, the matrices at multiples of 16 bytes.
-// Bytes: C (C + F) sizeof(T), each weight once; z, activated and x, which are small, but z and activated are read anew
+// Preconditions: N <= ROWS; C, I and F multiples of 8, the matrices at multiples of 16 bytes.
+// Bytes: C (I + F) sizeof(T), each weight once; z, activated and x, which are small, but z and activated are read anew
 // for each unit, N / 16 bytes for each byte of weights, from the caches.
 #include "stream.cuh"
 
 template <class T> struct OutputWork {
     const T *z, *dense, *dense_bias, *activated, *down, *down_bias;
-    float* stream;
+    const float* before;
+    float* x;
     unsigned* taken;
-    int N, O, F, rounds;
+    int N, O, I, F, rounds;
 
     __device__ __forceinline__ int row_of(int o) const { return o; }
     __device__ __forceinline__ Part<T> part(int round) const {
-        const int first = rounds_of(O);
-        return round < first ? part_of(dense, O, z, O, O, round) : part_of(down, F, activated, F, F, round - first);
+        const int first = rounds_of(I);
+        return round < first ? part_of(dense, I, z, I, I, round) : part_of(down, F, activated, F, F, round - first);
     }
     __device__ __forceinline__ uint4 load_x(const T* p) const { return __ldg(reinterpret_cast<const uint4*>(p)); }
     __device__ __forceinline__ void prepare() const {}
     __device__ __forceinline__ float biased(int c, float sum) const {
-        return sum + ((dense_bias ? to_float(dense_bias[c]) : 0.0f) + to_float(down_bias[c]));
+        return sum + ((dense_bias ? to_float(dense_bias[c]) : 0.0f) + (down_bias ? to_float(down_bias[c]) : 0.0f));
     }
     __device__ __forceinline__ void finish(int n, int c, float a, float b) const {
-        float* place = stream + static_cast<long long>(n) * O + c;
-        place[0] += biased(c, a);
-        place[1] += biased(c + 1, b);
+        const long long place = static_cast<long long>(n) * O + c;
+        a = biased(c, a), b = biased(c + 1, b);
+        if (before) a += before[place], b += before[place + 1];
+        x[place] = a, x[place + 1] = b;
     }
 };
 
 template <class T, int ROWS> __global__ void __launch_bounds__(STREAM_THREADS, 2)
 fused_output(const T* __restrict__ z, const T* __restrict__ dense, const T* __restrict__ dense_bias,
              const T* __restrict__ activated, const T* __restrict__ down, const T* __restrict__ down_bias,
-             float* __restrict__ x, unsigned* __restrict__ taken, int N, int C, int F) {
-    const int rounds = rounds_of(C) + rounds_of(F);
-    stream<T, ROWS>(OutputWork<T>{z, dense, dense_bias, activated, down, down_bias, x, taken, N, C, F, rounds});
+             const float* before, float* x, unsigned* __restrict__ taken, int N, int C, int I, int F) {
+    const int rounds = rounds_of(I) + rounds_of(F);
+    stream<T, ROWS>(OutputWork<T>{z, dense, dense_bias, activated, down, down_bias, before, x, taken, N, C, I, F,
+                                  rounds});
 }

@@ -7,17 +7,17 @@
 //
 //   x          float  (N,C)       the residual stream
 //   gain, shift  T    (C)         weight and bias of the norm
-//   weight     T      (3C,C)      rows ordered (head, q|k|v, dim)
+//   weight     T      (3HD,C)     rows ordered (head, q|k|v, dim); HD = C, or less on one of several ranks
 //   the others as in rotary_append.cu
 //
 // A pair that is rotated together must come to one thread, which has two neighbouring outputs (stream.cuh). So the
 // outputs of a q or k are taken in another order: for p < R, output p is dim p/2 or, if p is odd, p/2 + R/2.
 //
-// Grid: as many blocks as fit on the card at once, at most ceil(3C / 16). Block: STREAM_THREADS. Dynamic shared memory:
+// Grid: as many blocks as fit on the card at once, at most ceil(3HD / 16). Block: STREAM_THREADS. Dynamic shared memory:
 // N rows of normed_row(C).
 // Preconditions: N <= ROWS; D a multiple of 8, the weights at a multiple of 16 bytes; R even; texts[n] and positions[n]
 // as in rotary_append.cu.
-// Bytes: 3 C C sizeof(T), each weight once; x, q, k and v are small.
+// Bytes: 3 H D C sizeof(T), each weight once; x, q, k and v are small.
 #include "normed.cuh"
 #include "pages.cuh"
 
@@ -55,8 +55,8 @@ template <class T> struct QkvWork {
 
     // Where dim 0 of the vector that output o belongs to is stored, for row n.
     __device__ __forceinline__ T* vector_of(int n, int o) const {
-        const int h = o / heads.D / 3, H = C / heads.D, which = part_of_head(o);
-        if (which == 0) return q + (n * H + h) * heads.D;
+        const int h = o / heads.D / 3, which = part_of_head(o);
+        if (which == 0) return q + (n * pages.H + h) * heads.D;
         return (which == 1 ? keys : values) + pages.slot(rotary.texts[n], h, rotary.positions[n]);
     }
     __device__ __forceinline__ void finish(int n, int o, float a, float b) const {
@@ -78,8 +78,9 @@ fused_qkv(const float* __restrict__ x, const T* __restrict__ gain, const T* __re
           const T* __restrict__ weight, const T* __restrict__ bias, const float* __restrict__ cos,
           const float* __restrict__ sin, const int* __restrict__ texts, const int* __restrict__ positions,
           T* __restrict__ q, T* __restrict__ keys, T* __restrict__ values, const int* __restrict__ pages,
-          unsigned* __restrict__ taken, int N, int C, int D, int R, int P, int S, float eps) {
+          unsigned* __restrict__ taken, int N, int C, int H, int D, int R, int P, int S,
+          float eps) {
     DYNAMIC_SHARED(T, normed);
     stream<T, ROWS>(QkvWork<T>{{x, gain, shift, eps}, weight, bias, {cos, sin, texts, positions}, q, keys, values,
-                               normed, {D, R / 2}, {pages, P, C / D, S, D}, taken, N, 3 * C, C, rounds_of(C)});
+                               normed, {D, R / 2}, {pages, P, H, S, D}, taken, N, 3 * H * D, C, rounds_of(C)});
 }
