@@ -200,8 +200,7 @@ MUTANTS = [
     *mutants(
         "all_reduce.cu",
         check_alone,
-        ("gridDim.x * blockDim.x,", "blockDim.x,"),
-        ("threadIdx.x < RANKS", "threadIdx.x < 0"),
+        ("threadIdx.x < RANKS", "threadIdx.x <= RANKS"),
         ("own->sums = turn", "own->sums = turn + 1"),
     ),
     *mutants(

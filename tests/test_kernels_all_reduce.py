@@ -93,12 +93,15 @@ def wild(rng: np.random.Generator, shape: Sequence[int]) -> NDArray[np.float32]:
     return (rng.standard_normal(shape) * 10.0 ** rng.integers(-4, 5, shape)).astype(np.float32)
 
 
-def mailboxes(device: Device, ranks: int, capacity: int) -> tuple[list[Array], Array]:
-    """One for each rank, and the array of their addresses. Only what must be zero is; slots are NaN."""
+def mailboxes(device: Device, ranks: int, capacity: int, sums: int = 0) -> tuple[list[Array], Array]:
+    """One for each rank, and the array of their addresses. Only what must be zero is; slots are NaN.
+
+    sums: that are taken to have been, by blocks of which none takes part now.
+    """
     boxes = [device.empty(ops.mailbox_bytes(capacity) // 4, np.uint32) for _ in range(ranks)]
     for box in boxes:
         words = ops.MAILBOX_BYTES // 4
-        box[:words].set(np.zeros(words, np.uint32))
+        box[:words].set(np.array([sums, *[0] * (words - 1)], np.uint32))
     return boxes, device.array(np.array([box.address for box in boxes], np.uint64))
 
 
@@ -111,11 +114,12 @@ def run_together(
     seed: int,
     absent: int = -1,
     patience: int = PATIENCE,
+    sums: int = 0,
 ) -> tuple[NDArray, NDArray, list[Array]]:
     """What each rank gave and got in each turn, (turns,P,n), and the mailboxes."""
     given_parts = wild(np.random.default_rng(seed), (turns, ranks, n))
     capacity = n + 4 * (seed % 3)
-    boxes, addresses = mailboxes(device, ranks, capacity)
+    boxes, addresses = mailboxes(device, ranks, capacity, sums)
     x, ended = device.array(given_parts), device.zeros(ranks, np.uint32)
     name = f"ranks<{ranks}>"
     sizes = (n, capacity, turns, blocks, absent)
@@ -124,14 +128,27 @@ def run_together(
     return given_parts, x.get(), boxes
 
 
-def check_all_reduce(device: HostDevice, ranks: int, n: int, turns: int, blocks: int, seed: int = 0) -> None:
-    parts, sums, boxes = run_together(device, ranks, n, turns, blocks, seed)
+def check_all_reduce(
+    device: HostDevice, ranks: int, n: int, turns: int, blocks: int, seed: int = 0, before: int = 0
+) -> None:
+    parts, sums, boxes = run_together(device, ranks, n, turns, blocks, seed, sums=before)
     for turn in range(turns):
         expected = sum_in_rank_order(list(parts[turn]))
         for rank in range(ranks):
             assert np.array_equal(sums[turn, rank], expected), f"turn {turn}, rank {rank}"
     for box in boxes:
-        assert box[:3].get().tolist() == [turns, 0, 0]
+        assert box[:3].get().tolist() == [(before + turns) % 2**32, 0, 0]
+
+
+def check_impatient(device: HostDevice, ranks: int, patience: int, seed: int = 0) -> None:
+    """Where ranks give up too early, each number is right or NaN, and who got NaN can say for whom it waited."""
+    parts, sums, boxes = run_together(device, ranks, 132, 8, 2, seed, patience=patience)
+    expected = np.stack([sum_in_rank_order(list(turn)) for turn in parts])[:, None]
+    assert ((sums == expected) | np.isnan(sums)).all()
+    for rank, box in enumerate(boxes):
+        assert np.isnan(sums[:, rank]).any() == (box[2].get() != 0)
+        given_up = np.isnan(sums[:, rank]).any(axis=-1)
+        assert given_up[given_up.argmax() :].all() or not given_up.any()
 
 
 def check_absent(device: HostDevice, ranks: int, absent: int, seed: int = 0) -> None:
@@ -162,6 +179,18 @@ def test_hundreds_of_sums_follow_one_another(order) -> None:
 @pytest.mark.parametrize("order", ["forward", "seeded"])
 def test_a_rank_that_does_not_come_is_named_and_nobody_waits_for_ever(order, ranks, absent) -> None:
     check_absent(host(order), ranks, absent)
+
+
+@settings(max_examples=100)
+@given(ranks=st.sampled_from([2, 3, 5]), schedule=st.integers(0, 10**6), patience=st.integers(0, 80))
+def test_whoever_gives_up_spoils_no_sum_of_the_patient(ranks, schedule, patience) -> None:
+    check_impatient(host("seeded", schedule), ranks, patience, schedule)
+
+
+@pytest.mark.parametrize("before", [2**31 - 3, 2**31 + 5, 2**32 - 3 * 2, 2**32 - 12])
+def test_flags_of_long_ago_are_not_taken_for_new_ones(before) -> None:
+    for seed in range(4):
+        check_all_reduce(host("seeded", seed), 3, 364, 3, 3, seed, before)
 
 
 def test_counts_wrap_around() -> None:
@@ -247,6 +276,7 @@ MUTANTS = [
     ("turn % 2", "0"),  # one slot
     ("turn % 2", "turn % 3 % 2"),
     ("threadIdx.x < RANKS", "threadIdx.x < RANKS - 1"),
+    ("gridDim.x * blockDim.x,", "blockDim.x,"),  # one block adds up what another has not announced
     ("capacity / 4)", "capacity / 8)"),
     ("float4 sum = parts[0];", "float4 sum = parts[rank];"),
     ("sum = add(sum, parts[r]);", "sum = add(sum, parts[RANKS - r]);"),
@@ -257,13 +287,17 @@ MUTANTS = [
     ("&peer->flags[blockIdx.x][rank], turn", "&peer->flags[0][rank], turn"),
     ("&own->flags[blockIdx.x][threadIdx.x]", "&own->flags[0][threadIdx.x]"),
     ("&own->flags[blockIdx.x][threadIdx.x]", "&own->flags[blockIdx.x][rank]"),
-    ("load_acquire_system(flag) - turn) < 0", "load_acquire_system(flag) - turn) < -1"),
-    ("load_acquire_system(flag) - turn) < 0", "load_acquire_system(flag) - turn) != 0"),  # another may be ahead
+    ("load_acquire_system(flag) - turn > 1", "load_acquire_system(flag) - turn + 1 > 2"),
+    ("load_acquire_system(flag) - turn > 1", "load_acquire_system(flag) - turn > 0"),  # another may be ahead
+    ("load_acquire_system(flag) - turn > 1", "static_cast<int>(load_acquire_system(flag) - turn) < 0"),
     ("own->sums = turn", "own->sums = 1"),
     ("atomicInc(&own->arrived, gridDim.x - 1)", "atomicInc(&own->arrived, gridDim.x)"),
     ("i < n / 4; i += stride) slot_of", "i < n / 4 - 1; i += stride) slot_of"),
     ("if (looks == patience) return false;", "if (looks == patience) return true;"),
-    ("own->missing = 1 + threadIdx.x", "own->missing = 1 + rank"),
+    ("(1 + threadIdx.x)", "(1 + rank)"),
+    ("missing >> 32 != turn;", "missing >> 32 == turn;"),
+    ("if (!gone)\n", ""),
+    ("if (!gone) store", "store"),
 ]
 
 
@@ -280,6 +314,9 @@ def check_under_every_schedule() -> None:
     for schedule in SCHEDULES:
         check_all_reduce(host(*schedule), 3, 364, 12, 3)  # numbers for every block
         check_absent(host(*schedule), 3, 1)
+        for patience in (3, 60):
+            check_impatient(host(*schedule), 3, patience, schedule[1])
+    check_all_reduce(host(), 3, 364, 3, 3, before=2**31 + 5)
 
 
 @pytest.mark.parametrize(("right", "wrong"), MUTANTS)

@@ -15,11 +15,13 @@
 // only when the one before is over for it, and what it had to read of that one read. So whatever stood in the slot has
 // been read by all. With one slot it need not have been.
 //
-// The count of sums is in the mailbox and not an argument: a graph can be replayed. All flags only ever grow, and are
-// compared so that they may wrap around.
+// The count of sums is in the mailbox and not an argument: a graph can be replayed. It may wrap around, and a block that
+// took part in none of the last sums, being one too many for them, has flags of long ago: so a flag has to say this sum
+// or the next. A rank can be no further, since that next one needs this rank too.
 //
 // If a rank does not come, no card hangs: after `patience` looks x is NaN, `missing` says whom this rank waited for, and
-// from then on nothing is waited for.
+// it takes part in no sum after that. It must not: another may have more patience, and still have to read the slot that
+// would be written next. So every number is right or NaN, and whoever waits for this rank will find it missing.
 //
 // Grid: any number of blocks up to MOST_BLOCKS, the same on every rank. Block: THREADS >= RANKS.
 // Bytes: 4 n from each other rank over the link, 16 n in this device's memory.
@@ -30,8 +32,9 @@ constexpr int THREADS = 256, MOST_RANKS = 8, MOST_BLOCKS = 64;
 struct Mailbox {
     unsigned sums;     // that this rank has been through
     unsigned arrived;  // blocks that are done with the present one: 0 between launches
-    unsigned missing;  // 1 + the rank that was waited for in vain, or 0
-    unsigned unused;
+    // 0, or 1 + the rank that was waited for in vain and, in the upper half, in which sum: one word, so that all threads
+    // of a launch agree whether it was in an earlier one.
+    unsigned long long missing;
     unsigned flags[MOST_BLOCKS][MOST_RANKS];  // the last sum for which a block of a rank has put its piece into its slot
 };
 
@@ -39,9 +42,9 @@ __device__ __forceinline__ float4* slot_of(Mailbox* box, unsigned turn, int capa
     return reinterpret_cast<float4*>(box + 1) + static_cast<long long>(turn % 2) * (capacity / 4);
 }
 
-// Whether a rank's flag came to `turn` before patience was over.
+// Whether a rank's flag came to `turn`, or to the next, before patience was over.
 __device__ __forceinline__ bool comes(const unsigned* flag, unsigned turn, unsigned patience) {
-    for (unsigned looks = 0; static_cast<int>(load_acquire_system(flag) - turn) < 0; looks++) {
+    for (unsigned looks = 0; load_acquire_system(flag) - turn > 1; looks++) {
         if (looks == patience) return false;
         wait_for_others();
     }
@@ -60,17 +63,20 @@ all_reduce(const unsigned long long* __restrict__ mailboxes, float* x, int n, in
     for (int r = 0; r < RANKS; r++) boxes[r] = reinterpret_cast<Mailbox*>(mailboxes[r]);
     Mailbox* own = reinterpret_cast<Mailbox*>(mailboxes[rank]);
     const unsigned turn = own->sums + 1;
+    const unsigned long long missing = own->missing;
+    const bool gone = missing && missing >> 32 != turn;
     float4* x4 = reinterpret_cast<float4*>(x);
     const int stride = gridDim.x * blockDim.x, first = blockIdx.x * blockDim.x + threadIdx.x;
 
-    for (int i = first; i < n / 4; i += stride) slot_of(own, turn, capacity)[i] = x4[i];
+    if (!gone)
+        for (int i = first; i < n / 4; i += stride) slot_of(own, turn, capacity)[i] = x4[i];
     __syncthreads();  // the whole block has written its pieces before its flags say so
     bool missed = false;
     if (threadIdx.x < RANKS) {
         Mailbox* peer = reinterpret_cast<Mailbox*>(mailboxes[threadIdx.x]);
-        store_release_system(&peer->flags[blockIdx.x][rank], turn);
+        if (!gone) store_release_system(&peer->flags[blockIdx.x][rank], turn);
         missed = own->missing || !comes(&own->flags[blockIdx.x][threadIdx.x], turn, patience);
-        if (missed && !own->missing) own->missing = 1 + threadIdx.x;
+        if (missed && !own->missing) own->missing = static_cast<unsigned long long>(turn) << 32 | (1 + threadIdx.x);
     }
     // Every rank's pieces are there before any thread reads them; and all know if one's are not.
     const bool in_vain = __syncthreads_or(missed);
