@@ -12,6 +12,9 @@ guarded on both sides. Everything above this file is the same Python for both.
 A device has one stream: what is asked of it happens in the order asked. A sequence of launches can be captured once as
 a graph and replayed. While it is captured nothing runs, and what would need the result, or could disturb the capture,
 is refused: allocation, copies, synchronization, the first use of a kernel that is not compiled yet.
+
+Kernels that wait for each other, as those of several ranks do, can share a device (`at_once`): on a card they have
+streams of their own, on the host processes.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -31,7 +36,7 @@ from numpy.typing import DTypeLike, NDArray
 from neox.gpu import cublas
 from neox.gpu.host.build import MODES, build, compiler
 from neox.gpu.host.memory import HostMemory, SharedMemory
-from neox.gpu.host.module import ORDERS, HostModule, Pointer
+from neox.gpu.host.module import ORDERS, HostModule, Pointer, Program, at_once
 from neox.gpu.host.sanitize import require
 from neox.gpu.source import Source
 from neox.reference.checkpoint.load import available_memory
@@ -140,6 +145,7 @@ class Device(ABC):
     """What both devices have in common: the rules. Each supplies the methods with an underscore."""
 
     _capturing: list[Array] | None = field(default=None, init=False)  # arrays of the graph under capture
+    _noting: list[Callable[[], None]] | None = field(default=None, init=False)  # launches of one of several programs
     _modules: dict[Source, Any] = field(default_factory=dict, init=False)
 
     def empty(self, shape: Size, dtype: DTypeLike) -> Array:
@@ -174,9 +180,14 @@ class Device(ABC):
         for i, argument in enumerate(arguments):
             self._check_argument(kernel, i, argument)
         if source not in self._modules:
-            self._refuse(f"compilation of {source.file}, which must be launched once before")
+            if self._capturing is not None:
+                self._refuse(f"compilation of {source.file}, which must be launched once before")
             self._modules[source] = self._compile(source)
-        self._launch(self._modules[source], kernel, grid, block, arguments, shared_bytes)
+        run = partial(self._launch, self._modules[source], kernel, grid, block, arguments, shared_bytes)
+        if self._noting is None:
+            run()
+        else:
+            self._noting.append(run)
         if self._capturing is not None:
             self._capturing += [a for a in arguments if isinstance(a, Array)]
 
@@ -226,6 +237,25 @@ class Device(ABC):
         finally:
             self._capturing = None
         return Graph(self, captured[0], arrays)
+
+    def at_once(self, programs: Sequence[Callable[[], None]]) -> None:
+        """What each function launches, in its order, while what the others launch runs: they may wait for each other.
+
+        All that was asked for before comes first, and all that is asked for later comes last. Can be captured. Kernels
+        that wait for each other must find room on the device together. CaptureError if a function does not only launch.
+        """
+        if self._noting is not None:
+            self._refuse("several programs in one")
+        self._at_once([self._noted(program) for program in programs])
+
+    def _noted(self, program: Callable[[], None]) -> Program:
+        launches: list[Callable[[], None]] = []
+        self._noting = launches
+        try:
+            program()
+        finally:
+            self._noting = None
+        return launches
 
     def synchronize(self) -> None:
         """Wait until everything asked for has run."""
@@ -286,6 +316,8 @@ class Device(ABC):
         return self._free_memory()
 
     def _refuse(self, what: str) -> None:
+        if self._noting is not None:
+            raise CaptureError(f"among launches that run at once there can be no {what}")
         if self._capturing is not None:
             raise CaptureError(f"while a graph is captured there can be no {what}")
 
@@ -323,6 +355,9 @@ class Device(ABC):
     def _launch(
         self, module: Any, kernel: str, grid: Size, block: Size, arguments: Sequence[Argument], shared_bytes: int
     ) -> None: ...
+
+    @abstractmethod
+    def _at_once(self, programs: Sequence[Program]) -> None: ...
 
     @abstractmethod
     def _matmul(self, x: Array, weight: Array, out: Array) -> None: ...
@@ -478,6 +513,25 @@ class HostDevice(Device):
         else:
             self._recording.append(run)
 
+    def _at_once(self, programs: Sequence[Program]) -> None:
+        """In processes of their own (host/module.py)."""
+        run = partial(at_once, [self._packed(program) for program in programs])
+        if self._recording is None:
+            run()
+        else:
+            self._recording.append(run)
+
+    def _packed(self, program: Program) -> Program:
+        """Launches whose arguments have been checked."""
+        before, packed = self._recording, list[Callable[[], None]]()
+        self._recording = packed
+        try:
+            for launch in program:
+                launch()
+        finally:
+            self._recording = before
+        return packed
+
     def _values(self, array: Array) -> NDArray:
         return self._bytes(array).view(array.dtype).reshape(array.shape)
 
@@ -537,6 +591,7 @@ class CudaDevice(Device):
     number: int | None = None
     _cupy: Any = field(default=None, init=False)
     _stream: Any = field(default=None, init=False)
+    _branches: list[Any] = field(default_factory=list, init=False)  # streams of all but one of the programs at once
     _cublas: tuple[Any, int] | None = field(default=None, init=False)  # the library and a handle, from first use on
 
     def __post_init__(self) -> None:
@@ -624,6 +679,25 @@ class CudaDevice(Device):
         )
         with self._stream:
             function(grid, block, passed, shared_mem=shared_bytes)
+
+    def _at_once(self, programs: Sequence[Program]) -> None:
+        """One stream each. Launches are asked for in turns, since streams may share one of the card's eight queues."""
+        main, count = self._stream, max(len(programs) - 1, 0)
+        while len(self._branches) < count:
+            self._branches.append(self._cupy.cuda.Stream(non_blocking=True))
+        branches, start = self._branches[:count], main.record()
+        for branch in branches:
+            branch.wait_event(start)
+        try:
+            for launches in zip_longest(*programs):
+                for stream, launch in zip((main, *branches), launches, strict=True):
+                    if launch is not None:
+                        self._stream = stream
+                        launch()
+        finally:  # also on an error: a capture could not end before its branches are joined
+            self._stream = main
+            for branch in branches:
+                main.wait_event(branch.record())
 
     def _matmul(self, x: Array, weight: Array, out: Array) -> None:
         if self._cublas is None:

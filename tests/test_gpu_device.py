@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
+import signal
 import subprocess
 import sys
+from contextlib import suppress
+from functools import partial
+from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
 from devices import all_devices, host
 
-from neox.gpu.device import LARGEST_SHARED_BYTES, CaptureError, Device, HostDevice, dtype_named, open_device
+from neox.gpu.device import LARGEST_SHARED_BYTES, CaptureError, CudaDevice, Device, HostDevice, dtype_named, open_device
 from neox.gpu.host import build
+from neox.gpu.host.module import KernelError, at_once
 from neox.gpu.source import KERNELS, Source
 from neox.reference.errors import InputError
 
@@ -244,6 +251,146 @@ def test_capture_refuses_what_a_card_cannot_capture(device, source) -> None:
     before = position.get()
     device.capture(launches).replay()  # none of them has left the device capturing
     assert position.get() == before + 1
+
+
+# Several programs at once.
+
+
+def test_each_program_runs_in_its_order_and_all_before_what_follows(device, source) -> None:
+    arrays = [device.array(np.full(40, value, F32)) for value in (1, 2, 3)]
+    caches, positions = [device.zeros(4, F32) for _ in arrays], [device.zeros(1, I32) for _ in arrays]
+
+    def program(i: int) -> None:
+        for turn in range(i + 2):
+            device.launch(source, "append", 1, 1, (positions[i], caches[i], F32(10 * i + turn)))
+            device.launch(source, "advance", 1, 1, (positions[i],))
+        device.launch(source, "scale", 2, 32, (arrays[i], F32(2), I32(40)))
+
+    def launches() -> None:
+        device.at_once([partial(program, i) for i in range(3)])
+        for array in arrays:
+            device.launch(source, "scale", 2, 32, (array, F32(5), I32(40)))
+
+    launches()
+    assert [position.get().item() for position in positions] == [2, 3, 4]
+    assert [cache.get().tolist() for cache in caches] == [[0, 1, 0, 0], [10, 11, 12, 0], [20, 21, 22, 23]]
+    graph = device.capture(launches)
+    assert [set(array.get().tolist()) for array in arrays] == [{10}, {20}, {30}]
+    for position in positions:
+        position.set(np.zeros(1, I32))
+    graph.replay()
+    assert [position.get().item() for position in positions] == [2, 3, 4]
+    assert [set(array.get().tolist()) for array in arrays] == [{100}, {200}, {300}]
+
+
+def test_programs_at_once_only_launch(device, source) -> None:
+    position = device.zeros(1, I32)
+    forbidden = {
+        "an allocation": lambda: device.empty(3, F32),
+        "a copy to the host": position.get,
+        "synchronization": device.synchronize,
+        "several programs in one": lambda: device.at_once([]),
+    }
+    for what, attempt in forbidden.items():
+        with pytest.raises(CaptureError, match=f"among launches that run at once there can be no {what}"):
+            device.at_once([attempt])
+    device.at_once([])
+    device.at_once([lambda: device.launch(source, "advance", 1, 1, (position,))])  # nothing is left of them
+    assert position.get() == 1
+
+
+class RecordedStream:
+    """Stands for CuPy's: notes down what it is asked for."""
+
+    asked: ClassVar[list[tuple[str, int, object]]] = []
+    count: ClassVar[int] = 0
+
+    def __init__(self, non_blocking: bool) -> None:
+        assert non_blocking  # or it would wait for the default stream, which nobody uses
+        self.number = RecordedStream.count
+        RecordedStream.count += 1
+
+    def record(self) -> int:
+        """The event is where the stream stands."""
+        self.asked.append(("record", self.number, len(self.asked)))
+        return len(self.asked) - 1
+
+    def wait_event(self, event: int) -> None:
+        self.asked.append(("wait", self.number, event))
+
+
+class RecordedDevice(CudaDevice):
+    """A card whose launches are names, noted down with their stream."""
+
+    def __post_init__(self) -> None:
+        RecordedStream.asked.clear()
+        RecordedStream.count = 0
+        self._cupy = SimpleNamespace(cuda=SimpleNamespace(Stream=RecordedStream))
+        self._stream = RecordedStream(non_blocking=True)
+
+    def _launch(self, module, kernel, grid, block, arguments, shared_bytes) -> None:
+        if kernel == "fails":
+            raise ValueError
+        RecordedStream.asked.append(("launch", self._stream.number, kernel))
+
+    def _compile(self, source: Source) -> None:
+        pass
+
+
+def recorded_programs(*programs: str) -> list[tuple[str, int, object]]:
+    """What a card's streams are asked for by programs of launches, and by one launch before and one after."""
+    device, source = RecordedDevice(), Source("seam.cu", ())
+
+    def launch(names: str) -> None:
+        for name in names.split():
+            device.launch(source, name, 1, 1, ())
+
+    launch("before")
+    with suppress(ValueError):
+        device.at_once([partial(launch, program) for program in programs])
+    launch("after")
+    return list(RecordedStream.asked)
+
+
+def test_on_a_card_programs_have_streams_that_begin_and_end_in_the_devices_own() -> None:
+    assert recorded_programs("a b", "c", "d e") == [
+        ("launch", 0, "before"),
+        ("record", 0, 1),
+        ("wait", 1, 1),
+        ("wait", 2, 1),
+        *(("launch", number, name) for number, name in ((0, "a"), (1, "c"), (2, "d"), (0, "b"), (2, "e"))),
+        ("record", 1, 9),
+        ("wait", 0, 9),
+        ("record", 2, 11),
+        ("wait", 0, 11),
+        ("launch", 0, "after"),
+    ]
+
+
+def test_on_a_card_streams_are_joined_after_an_error() -> None:
+    asked = recorded_programs("a", "b fails", "c")
+    assert [each for each in asked[-5:] if each[0] == "wait"] == [("wait", 0, 7), ("wait", 0, 9)]
+    assert asked[-1] == ("launch", 0, "after")
+
+
+def test_the_host_says_which_of_several_programs_failed(source) -> None:
+    device = host()
+    position, cache = device.array(np.array([5], I32)), device.zeros(4, F32)
+
+    def fails() -> None:
+        device.launch(source, "append", 1, 1, (position, cache, F32(1)))
+
+    with pytest.raises(KernelError, match=r"append <<<.*block \(0,0,0\) thread \(0,0,0\).*seam.cu"):
+        device.at_once([lambda: None, fails])
+    with pytest.raises(TypeError, match="append takes 3 arguments, not 1"):
+        device.at_once([lambda: device.launch(source, "append", 1, 1, (position,))])
+    device.launch(source, "advance", 1, 1, (position,))
+    assert position.get() == 6
+
+
+def test_the_host_says_that_a_process_of_kernels_was_killed() -> None:
+    with pytest.raises(KernelError, match="a process that ran kernels ended before they did"):
+        at_once([[lambda: os.kill(os.getpid(), signal.SIGKILL)], []])
 
 
 # Sources.

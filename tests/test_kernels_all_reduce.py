@@ -9,8 +9,10 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from textwrap import dedent
 
@@ -24,7 +26,7 @@ from numpy.typing import NDArray
 from neox.distributed.comm import sum_in_rank_order
 from neox.gpu import ops
 from neox.gpu.device import Array, Device, HostDevice
-from neox.gpu.host.module import KernelError
+from neox.gpu.host.module import KernelError, Program
 from neox.gpu.host.sanitize import environment
 from neox.gpu.source import KERNELS, Source
 
@@ -235,6 +237,85 @@ def test_a_captured_sum_goes_on_counting() -> None:
     for _ in range(3):
         graph.replay()
     assert box[:1].get() == 4
+
+
+# Ranks that share one device: programs at once. The launcher and the kernel as they are.
+
+LONG = 1 << 24  # looks: ranks begin when there is a processor for them
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Each adds up two arrays, one after the other."""
+
+    parts: list[tuple[Array, Array]]
+    addresses: Array
+    boxes: list[Array]
+
+    @property
+    def device(self) -> Device:
+        return self.addresses.device
+
+    def add_up(self, patience: int, absent: int = -1) -> None:
+        present = [rank for rank in range(len(self.parts)) if rank != absent]
+        self.device.at_once([partial(self._rank, rank, patience) for rank in present])
+
+    def _rank(self, rank: int, patience: int) -> None:
+        for part in self.parts[rank]:
+            ops.all_reduce(self.addresses, rank, 3000, part, patience)
+
+    def set(self, seed: int) -> list[NDArray]:
+        """New numbers, and what their sums must be."""
+        rng, sums = np.random.default_rng(seed), []
+        for i in range(2):
+            numbers = [wild(rng, part[i].shape) for part in self.parts]
+            for part, values in zip(self.parts, numbers, strict=True):
+                part[i].set(values)
+            sums.append(sum_in_rank_order(numbers))
+        return sums
+
+    def check(self, seed: int, run: Callable[[], None]) -> None:
+        expected = self.set(seed)
+        run()
+        for part in self.parts:
+            assert all(np.array_equal(a.get(), b) for a, b in zip(part, expected, strict=True))
+
+
+def ranks_of(device: Device, ranks: int) -> Ranks:
+    boxes, addresses = mailboxes(device, ranks, 3000)
+    parts = [(device.empty(2508, np.float32), device.empty(96, np.float32)) for _ in range(ranks)]
+    return Ranks(parts, addresses, boxes)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_ranks_on_one_device_add_up_and_so_does_a_graph(ranks) -> None:
+    for device in all_devices()[-2:]:
+        group = ranks_of(device, ranks)
+        for seed in range(2):
+            group.check(seed, partial(group.add_up, LONG))
+        graph = device.capture(partial(group.add_up, LONG))
+        for seed in range(2, 6):
+            group.check(seed, graph.replay)
+        assert [box[:3].get().tolist() for box in group.boxes] == [[12, 0, 0]] * ranks
+
+
+def test_ranks_one_after_another_are_noticed(monkeypatch) -> None:
+    def in_turn(programs: Sequence[Program]) -> None:
+        for launch in chain(*programs):
+            launch()
+
+    monkeypatch.setattr("neox.gpu.device.at_once", in_turn)
+    group = ranks_of(host(), 2)
+    with pytest.raises(AssertionError):
+        group.check(0, partial(group.add_up, 1000))
+
+
+def test_a_rank_that_is_missing_on_the_device_is_named() -> None:
+    group = ranks_of(all_devices()[0], 3)
+    group.set(1)
+    group.add_up(1000, absent=1)
+    assert [box[2].get() for box in group.boxes] == [2, 0, 2]
+    assert all(np.isnan(part.get()).all() for rank in (0, 2) for part in group.parts[rank])
 
 
 def test_what_cannot_be_added_up_is_refused() -> None:

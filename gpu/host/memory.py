@@ -31,8 +31,8 @@ PROT_NONE = 0
 FAR = 1 << 16  # from an array: an address so far away was not meant for it
 
 
-def _mapped(length: int) -> int:
-    protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+def _mapped(length: int, sharing: int) -> int:
+    protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, sharing | mmap.MAP_ANONYMOUS
     base = _libc.mmap(None, length, protection, flags, -1, 0)
     if base is None or base == ctypes.c_void_p(-1).value:
         raise MemoryError(f"{length} bytes")
@@ -40,7 +40,10 @@ def _mapped(length: int) -> int:
 
 
 class HostMemory:
-    """`size` bytes at `address`, given back when nothing refers to this object any more."""
+    """`size` bytes at `address`, given back when nothing refers to this object any more.
+
+    Processes that this one starts by fork see what it and they write there (module.at_once).
+    """
 
     living: ClassVar[weakref.WeakSet[HostMemory]] = weakref.WeakSet()
 
@@ -48,7 +51,7 @@ class HostMemory:
         data = _round_up(size, ALIGNMENT)
         pages = _round_up(data, PAGE)
         length = pages + 2 * PAGE
-        base = _mapped(length)
+        base = _mapped(length, mmap.MAP_SHARED)
         for guard in (base, base + PAGE + pages):
             _libc.mprotect(guard, PAGE, PROT_NONE)
         self.size = size
@@ -111,7 +114,7 @@ def stacks(threads: int, stride: int) -> int:
     if reserved < threads:
         if base:
             _libc.munmap(base, reserved * stride)
-        base = _mapped(threads * stride)
+        base = _mapped(threads * stride, mmap.MAP_PRIVATE)
         for guard in range(base, base + threads * stride, stride):
             _libc.mprotect(guard, PAGE, PROT_NONE)
         _stacks[stride] = base, threads

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import math
+import multiprocessing
 import subprocess
 import threading
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +134,54 @@ class HostKernel:
         failure = self.module.library.last_failure().contents
         where = describe(failure.address) if failure.address else ""
         return failure.text.decode() + where + self.module.source_line(failure.program_counter)
+
+
+# Several at once.
+
+Program = Sequence[Callable[[], None]]  # launches, one after another
+
+
+def at_once(programs: Sequence[Program]) -> None:
+    """Run each program in a process of its own, since fibers of different launches cannot take turns.
+
+    The processes are copies of this one but for arrays, which all of them share. KernelError of the first that fails.
+    """
+    context = multiprocessing.get_context("fork")
+    started = []
+    with _one_at_a_time, warnings.catch_warnings():
+        # Python warns that another thread may hold a lock: of those that a launch needs, this one is ours.
+        warnings.filterwarnings("ignore", ".*multi-threaded.*fork", DeprecationWarning)
+        for program in programs:
+            result, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_run_alone, args=(program, sender), daemon=True)
+            process.start()
+            sender.close()
+            started.append((process, result))
+    failures = [_outcome(result) for _, result in started]
+    for process, _ in started:
+        process.join()
+    for failure in filter(None, failures):
+        raise KernelError(failure)
+
+
+def _run_alone(program: Program, result: Connection) -> None:
+    _one_at_a_time.release()  # held by the thread of which this is a copy
+    try:
+        for launch in program:
+            launch()
+    except KernelError as error:
+        result.send(str(error))
+    else:
+        result.send("")
+
+
+def _outcome(result: Connection) -> str:
+    """What went wrong, when a program has ended; empty if nothing did."""
+    with result:
+        try:
+            return str(result.recv())
+        except EOFError:
+            return "a process that ran kernels ended before they did"
 
 
 def _load_address(library: Path) -> int:
