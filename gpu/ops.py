@@ -49,6 +49,7 @@ RESIDUAL = Source(
     "residual.cu", tuple(f"{name}<{T}>" for name in ("residual", "residual_pair") for T in TYPES.values())
 )
 ARGMAX = Source("argmax.cu", ("argmax",))
+SAMPLE = Source("sample.cu", ("uniform", "sample"))
 ADVANCE = Source("advance.cu", ("advance",))
 PRODUCT = Source("product_naive.cu", tuple(f"product_naive<{T}>" for T in TYPES.values()))
 ROWS = (1, 2, 4, 8)  # that a warp of matvec can take
@@ -66,8 +67,8 @@ MOST_RANKS, MOST_BLOCKS, MAILBOX_BYTES = 8, 64, 16 + 64 * 8 * 4  # as in all_red
 ALL_REDUCE = Source("all_reduce.cu", tuple(f"all_reduce<{ranks}>" for ranks in range(1, MOST_RANKS + 1)))
 SUM_PARTS = Source("sum_parts.cu", ("sum_parts",))
 SOURCES = (
-    *(EMBEDDING, LAYER_NORM, GELU, ROTARY_APPEND, ATTENTION_DECODE, ATTENTION_PREFILL, RESIDUAL, ARGMAX, ADVANCE),
-    *(PRODUCT, MATVEC, GEMM, FUSED_QKV, FUSED_MLP, FUSED_OUTPUT, ALL_REDUCE, SUM_PARTS),
+    *(EMBEDDING, LAYER_NORM, GELU, ROTARY_APPEND, ATTENTION_DECODE, ATTENTION_PREFILL, RESIDUAL, ARGMAX, SAMPLE),
+    *(ADVANCE, PRODUCT, MATVEC, GEMM, FUSED_QKV, FUSED_MLP, FUSED_OUTPUT, ALL_REDUCE, SUM_PARTS),
 )
 
 THREADS = 256  # of a block whose work any number of threads can share
@@ -76,6 +77,7 @@ PREFILL_THREADS, TILE_QUERIES = 128, 64  # as in attention_prefill.cu
 LARGEST_PREFILL_HEAD_DIM = 256
 MATVEC_THREADS, MATVEC_OUTPUTS = 256, 16  # of a block, as in matvec.cu
 GEMM_THREADS, GEMM_TILE = 128, 64  # as in gemm.cu
+SAMPLE_THREADS, SAMPLE_PARTS, LARGEST_SAMPLED_VOCAB = 512, 16, 2**19  # as in sample.cu
 
 
 def type_of(array: Array) -> str:
@@ -298,6 +300,55 @@ def argmax(logits: Array, allowed: Array | None, ids: Array) -> None:
         expect("allowed", allowed, (V,), np.uint8)
     expect("ids", ids, (N,), np.int32)
     ids.device.launch(ARGMAX, "argmax", N, _row_threads(V), (logits, allowed, ids, np.int32(V)))
+
+
+def uniform(seeds: Array, texts: Array, positions: Array, numbers: Array) -> None:
+    """64 random bits for each of N texts: uint64 (B), 2 x int32 (N) -> uint64 (N).
+
+    They depend on the text's seed and position alone. texts must lie below B.
+    """
+    (N,), (B,) = numbers.shape, seeds.shape
+    expect("seeds", seeds, (B,), np.uint64)
+    expect("texts", texts, (N,), np.int32)
+    expect("positions", positions, (N,), np.int32)
+    expect("numbers", numbers, (N,), np.uint64)
+    arguments = (seeds, texts, positions, numbers, np.int32(N))
+    numbers.device.launch(SAMPLE, "uniform", -(-N // THREADS), THREADS, arguments)
+
+
+def sample(
+    logits: Array,
+    allowed: Array | None,
+    temperatures: Array,
+    top_k: Array,
+    top_p: Array,
+    min_p: Array,
+    texts: Array,
+    numbers: Array,
+    ids: Array,
+) -> None:
+    """An id of each row, drawn by its number from what its text's filters keep: float32 (N,V) -> int32 (N).
+
+    allowed: uint8 (V) or None; where it is 0 an id is ruled out. Of each of B texts: temperatures float32, 0 for the
+    likeliest id; top_k int32, top_p and min_p uint64, in parts of 2^64, 0 for off. texts: int32 (N), below B. numbers:
+    uint64 (N). V at most 2^19. The id is -1 if an allowed logit is not finite.
+    """
+    (N, V), (B,) = logits.shape, temperatures.shape
+    expect("logits", logits, (N, V), np.float32)
+    if allowed is not None:
+        expect("allowed", allowed, (V,), np.uint8)
+    expect("temperatures", temperatures, (B,), np.float32)
+    expect("top_k", top_k, (B,), np.int32)
+    expect("top_p", top_p, (B,), np.uint64)
+    expect("min_p", min_p, (B,), np.uint64)
+    expect("texts", texts, (N,), np.int32)
+    expect("numbers", numbers, (N,), np.uint64)
+    expect("ids", ids, (N,), np.int32)
+    if V > LARGEST_SAMPLED_VOCAB:
+        raise ValueError(f"{V} ids: the sum of the weights of more than {LARGEST_SAMPLED_VOCAB} could overflow")
+    arguments = (logits, allowed, temperatures, top_k, top_p, min_p, texts, numbers, ids, np.int32(V))
+    bins = SAMPLE_PARTS * SAMPLE_THREADS * 8  # bytes
+    ids.device.launch(SAMPLE, "sample", N, SAMPLE_THREADS, arguments, shared_bytes=bins)
 
 
 def advance(positions: Array) -> None:

@@ -36,4 +36,7 @@ HOST_INLINE float __uint_as_float(unsigned x) { return host_bits<float>(x); }
 HOST_INLINE int __popc(unsigned x) { return __builtin_popcount(x); }
 HOST_INLINE int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 HOST_INLINE int __ffs(int x) { return __builtin_ffs(x); }
+HOST_INLINE unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+    return static_cast<unsigned __int128>(a) * b >> 64;
+}
 HOST_INLINE size_t __cvta_generic_to_shared(const void* p) { return reinterpret_cast<size_t>(p); }

@@ -204,6 +204,7 @@ HOST_NAMED(int, "int32")
 HOST_NAMED(unsigned, "uint32")
 HOST_NAMED(long long, "int64")
 HOST_NAMED(unsigned long long, "uint64")
+HOST_NAMED(unsigned long, "uint64")  // uint64_t of glibc
 HOST_NAMED(bool, "bool")
 
 template <class T> static void append_type(char* text) {

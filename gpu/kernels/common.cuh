@@ -5,7 +5,7 @@
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
 // The sum over the warp, in every lane: a butterfly of 5 exchanges. All 32 lanes must call it.
-__device__ __forceinline__ float warp_sum(float x) {
+template <class T> __device__ __forceinline__ T warp_sum(T x) {
 #pragma unroll
     for (int flip = 16; flip > 0; flip /= 2) x += __shfl_xor_sync(ALL_LANES, x, flip);
     return x;
@@ -31,13 +31,13 @@ template <int COUNT> __device__ __forceinline__ float warp_sums(float (&x)[COUNT
 }
 
 // The sum over the block, in every thread. All threads must call it; the block is 1-D, of whole warps.
-// partial: 32 floats of shared memory, which only this function touches.
-__device__ __forceinline__ float block_sum(float x, float* partial) {
+// partial: 32 numbers of shared memory, which only this function touches.
+template <class T> __device__ __forceinline__ T block_sum(T x, T* partial) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     x = warp_sum(x);
     if (lane == 0) partial[warp] = x;
     __syncthreads();  // each warp's sum is written before any warp reads it
-    x = warp_sum(lane < warps ? partial[lane] : 0.0f);
+    x = warp_sum(lane < warps ? partial[lane] : T(0));
     __syncthreads();  // all have read before the next call overwrites
     return x;
 }

@@ -1,0 +1,61 @@
+"""How texts are sampled, as the arrays that kernels/sample.cu reads. What the values mean: reference/sampling.py.
+
+The repetition penalty is not among them: it needs the text, of which a step has only the last token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from neox.gpu import ops
+from neox.gpu.device import Array, Device
+from neox.reference.sampling import Sampling, new_seed
+
+SINGLE = np.finfo(np.float32)
+PARTS = 2**64  # of which a fraction is a whole number
+
+
+@dataclass(frozen=True)
+class Samplings:
+    """Of B texts, each sampled in its own way."""
+
+    temperatures: Array  # float32 (B); 0 takes the likeliest id
+    top_k: Array  # int32 (B), as the two below 0 for off
+    top_p: Array  # uint64 (B), in parts of 2^64
+    min_p: Array  # uint64 (B), in parts of 2^64
+    seeds: Array  # uint64 (B)
+
+
+def temperature_in_single(temperature: float) -> float:
+    """The nearest that is a normal float32; 0 stays 0, which means something else than nearly 0."""
+    return float(np.clip(temperature, SINGLE.tiny, SINGLE.max)) if temperature else 0.0
+
+
+def parts_of(fraction: float) -> int:
+    """A fraction in parts of 2^64; 0 for 1 and for 0, with which top-p and min-p are off."""
+    return max(1, int(fraction * PARTS)) % PARTS if fraction else 0
+
+
+def on_device(samplings: Sequence[Sampling], device: Device) -> Samplings:
+    """ValueError if one has a repetition penalty. Of a seed the lowest 64 bits count; a text without one is given one."""
+    if any(s.repetition_penalty != 1 for s in samplings):
+        raise ValueError("a repetition penalty needs the text, which the device does not keep")
+    seeds = [new_seed() if s.seed is None else s.seed for s in samplings]
+    return Samplings(
+        temperatures=device.array(np.array([temperature_in_single(s.temperature) for s in samplings], np.float32)),
+        top_k=device.array(np.array([min(s.top_k, ops.LARGEST_SAMPLED_VOCAB) for s in samplings], np.int32)),
+        top_p=device.array(np.array([parts_of(s.top_p) for s in samplings], np.uint64)),
+        min_p=device.array(np.array([parts_of(s.min_p) for s in samplings], np.uint64)),
+        seeds=device.array(np.array([seed % PARTS for seed in seeds], np.uint64)),
+    )
+
+
+def sample(
+    logits: Array, allowed: Array | None, samplings: Samplings, texts: Array, numbers: Array, ids: Array
+) -> None:
+    """ids[n] drawn from logits[n] as texts[n] is sampled, by numbers[n]: as ops.sample."""
+    s = samplings
+    ops.sample(logits, allowed, s.temperatures, s.top_k, s.top_p, s.min_p, texts, numbers, ids)
