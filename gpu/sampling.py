@@ -40,7 +40,7 @@ def parts_of(fraction: float) -> int:
 
 
 def on_device(samplings: Sequence[Sampling], device: Device) -> Samplings:
-    """ValueError if one has a repetition penalty. Of a seed the lowest 64 bits count; a text without one is given one."""
+    """Of a seed the lowest 64 bits count; who has none is given one. ValueError if one has a repetition penalty."""
     if any(s.repetition_penalty != 1 for s in samplings):
         raise ValueError("a repetition penalty needs the text, which the device does not keep")
     seeds = [new_seed() if s.seed is None else s.seed for s in samplings]

@@ -23,10 +23,12 @@ from test_kernels_layer_norm import check_block, check_naive, check_pair
 from test_kernels_products import check_gemm, check_matvec, check_product_naive
 from test_kernels_residual import check_residual, check_residual_pair
 from test_kernels_rotary_append import check_rotary_append
+from test_kernels_sample import check_greedy, check_sample, check_uniform
 
 from neox.gpu import ops
 from neox.gpu.host.module import KernelError
 from neox.gpu.source import KERNELS, Source
+from neox.reference.sampling import Sampling
 
 CASES: dict[Callable[..., None], tuple[str, list[tuple]]] = {
     # check: the source it launches, and its cases, which the right kernel must pass
@@ -73,6 +75,17 @@ CASES: dict[Callable[..., None], tuple[str, list[tuple]]] = {
     ),
     check_counting: ("ATTENTION_PREFILL", [([(0, 330), (3, 9)], 1, 24, "float16")]),
     check_argmax: ("ARGMAX", [(3, 1030, 0.5, 3), (150, 33, 0.0), (40, 70, 0.3), (2, 990, 0.0)]),
+    check_sample: (
+        "SAMPLE",
+        [
+            (530, Sampling(0.8, 30, 0.9, 0.02), 0.2),
+            (101, Sampling(2.0), 0.5, 0, 1),
+            (600, Sampling(1.0, 200), 0.1, 1),
+            (40, Sampling(0.7, top_p=0.5), 0.0, 1),
+        ],
+    ),
+    check_greedy: ("SAMPLE", [(2, 530, 0.3), (2, 40, 0.0, 1)]),
+    check_uniform: ("SAMPLE", [(5, 3), (257, 2)]),
     check_advance: ("ADVANCE", [(5,), (257,)]),
     check_residual: ("RESIDUAL", [(3, 257, "float16"), (2, 40, "float32", False)]),
     check_residual_pair: ("RESIDUAL", [(3, 257, "float16"), (2, 40, "float32", False)]),
@@ -433,6 +446,90 @@ MUTANTS = [
         ("v < V;", "v < V - 1;"),
         ("v < V;", "v <= V;"),
         ("Best best{-infinity, -1}", "Best best{0.0f, -1}"),
+    ),
+    *mutants(
+        "sample.cu",
+        check_sample,
+        # Places.
+        ("<= last;", "< last;"),
+        ("rank) << 32 | v;", "rank) << 32 | (1 << 20) - v;"),
+        ("(!allowed || allowed[v]) &&", ""),
+        ("allowed && !allowed[v]", "false"),
+        ("bits >> 31 &&", "!(bits >> 31) &&"),
+        ("(bits & 0x7fffffffu) ^ 0x7fffffffu;", "bits & 0x7fffffffu;"),
+        # Filters.
+        ("k < total_of(One{}, text)", "k <= 1"),
+        ("text.last = last_place(One{}, text, k, bins)", "text.last = last_place(One{}, text, k + 1, bins)"),
+        ("text.last = last_place(One{}, text, k, bins)", "last_place(One{}, text, k, bins)"),
+        ("share(total_of(mass, text), top_p[b])", "share(static_cast<uint64_t>(ONE), top_p[b])"),
+        ("text.last = last_place(mass,", "last_place(mass,"),
+        ("mass.least = share(static_cast<uint64_t>(ONE)", "mass.least = share(total_of(mass, text)"),
+        ("mass.least =", "text.V +="),
+        ("weight >= least ? weight : 0", "weight"),
+        ("weight >= least ? weight : 0", "weight <= least ? weight : 0"),
+        ("/ temperature", ""),
+        ("- best)", "+ 0.0f)"),
+        ("Mass mass{text.logits[id]", "Mass mass{text.logits[0]"),
+        ("b = texts[n];", "b = 0;"),
+        ("temperatures[b], 0};", "1.0f, 0};"),
+        ("static_cast<long long>(n) * V", "0"),
+        # Searches.
+        ("target = wanted - 1;", "target = wanted;"),
+        ("== rank ? weight.of", "<= rank ? weight.of"),
+        ("numbers[n]));", "~numbers[n]));"),
+        ("numbers[n]));", "numbers[0]));"),
+        ("sums[part.index] <= target", "sums[part.index] < target"),
+        ("target -= part.before;\n        count", "count"),
+        ("target -= part.before;\n        rank", "rank"),
+        ("PARTS - 1 && part.before", "PARTS - 2 && part.before"),
+        ("(count + PARTS - 1) / PARTS", "(count + PARTS) / PARTS"),
+        ("v < end;", "v < end - 1;"),
+        ("min(begin + size, first + count)", "begin + size"),
+        ("min(size, count - part.index * size)", "size"),
+        ("first += part.index * size;", "first += part.index;"),
+        ("shift = 28", "shift = 24"),
+        ("shift >= 0", "shift > 0"),
+        ("^ rank) >> shift", ") >> shift & 15"),
+        ("if (digit < PARTS) bins", "bins"),
+        ("threadIdx.x] += weight", "threadIdx.x] = weight"),
+        ("i < THREADS; i += 32", "i < THREADS / 2; i += 32"),
+        ("part.index) << shift", "part.index) << 4"),
+        ("threadIdx.x / 32 * THREADS + i]", "i]"),
+        # Barriers.
+        ("__syncthreads();  // each warp's first", "// each warp's first"),
+        ("__syncthreads();  // each part's sum", "// each part's sum"),
+        ("__syncthreads();  // all have read", "// all have read"),
+        ("__syncthreads();  // all columns", "// all columns"),
+        ("bins[digit * THREADS + threadIdx.x] = 0", ""),
+    ),
+    *mutants(
+        "sample.cu",
+        check_greedy,
+        ("temperatures[b] > 0", "temperatures[b] >= 0"),
+        ("if (place < first) first = place;", "if (place > first) first = place;"),
+        ("if (of_warp[warp] < first)", "if (of_warp[warp] > first)"),
+        ("if (other < first)", "if (other > first)"),
+        ("warp < PARTS; warp++", "warp < 1; warp++"),
+        ("place_of(rank, v) : NOT_FINITE", "place_of(rank, 0) : NOT_FINITE"),
+        ("if (threadIdx.x == 0) ids[n]", "if (threadIdx.x == 0) ids[b]"),
+    ),
+    *mutants(
+        "sample.cu",
+        check_uniform,
+        ("round < 10", "round < 9"),
+        ("0xD2511F53u", "0xD2511F51u"),
+        ("0xCD9E8D57u", "0xCD9E8D55u"),
+        ("0x9E3779B9u", "0x9E3779B8u"),
+        ("0xBB67AE85u", "0xBB67AE84u"),
+        ("x[1] ^ k0", "x[1] ^ k1"),
+        ("seeds[texts[n]]", "seeds[0]"),
+        ("seeds[texts[n]]", "seeds[n]"),
+        (", positions[n])", ", 0)"),
+        (", positions[n])", ", n)"),
+        ("key >> 32", "key"),
+        ("x[1]) << 32 | x[0]", "x[0]) << 32 | x[1]"),
+        ("(n < N)", "(n <= N)"),
+        ("(n < N)", "(n < N - 1)"),
     ),
     *mutants(
         "advance.cu",

@@ -119,6 +119,7 @@ extern "C" __global__ void k(const float* x, const float* y, const int* a, const
     i[128 + t] = __mulhi(a[t], b[t]);
     i[192 + t] = static_cast<int>(x[t]);
     l[t] = c[t] / b[t];
+    l[64 + t] = __umul64hi(c[t], c[63 - t]);
 }
 """
 
@@ -139,13 +140,15 @@ def test_arithmetic_is_a_cards(arithmetic, seed) -> None:
     a, c = rng.integers(-(2**31), 2**31, 64, np.int32), rng.integers(-(2**63), 2**63, 64, np.int64)
     b = rng.choice(np.array([-(2**30), -7, -2, 3, 5, 2**31 - 1], np.int32), 64)
     device = PtxDevice()
-    f, i, whole = device.empty((5, 64), "float32"), device.empty((4, 64), "int32"), device.empty(64, "int64")
+    f, i, whole = device.empty((5, 64), "float32"), device.empty((4, 64), "int32"), device.empty((2, 64), "int64")
     device.launch(arithmetic, "k", 1, 64, (*map(device.array, (x, y, a, b, c)), f, i, whole))
     assert np.array_equal(f.get(), [np.fmin(x, y), np.fmax(x, y), x < y, x != y, ~(x >= y)], equal_nan=True)
+    product = c.view(np.uint64).astype(object) * c[::-1].view(np.uint64).astype(object)
+    assert np.array_equal(whole.get()[1].view(np.uint64), product >> 64)
     wide, limits = a.astype(np.int64), np.iinfo(np.int32)
     nearest = np.clip(np.nan_to_num(x.astype(np.float64), nan=0), limits.min, limits.max)
     assert np.array_equal(i.get(), [np.trunc(a / b), np.fmod(a, b), wide * b >> 32, np.trunc(nearest)])
-    assert whole.get().tolist() == [abs(n) // abs(d) * (1 if (n < 0) == (d < 0) else -1) for n, d in pairs(c, b)]
+    assert whole.get()[0].tolist() == [abs(n) // abs(d) * (1 if (n < 0) == (d < 0) else -1) for n, d in pairs(c, b)]
 
 
 def pairs(a: NDArray, b: NDArray) -> list[tuple[int, int]]:
