@@ -257,7 +257,9 @@ def check_uniform(device: Device, N: int, B: int, seed: int = 0) -> None:
     texts, positions = rng.integers(B, size=N).astype(np.int32), rng.permutation(2**20)[:N].astype(np.int32)
     numbers = device.empty(N, "uint64")
     ops.uniform(*map(device.array, (keys, texts, positions)), numbers)
-    words = [philox([int(p), 0, 0, 0], divmod(int(keys[t]), 2**32)[::-1]) for t, p in zip(texts, positions, strict=True)]
+    words = [
+        philox([int(p), 0, 0, 0], divmod(int(keys[t]), 2**32)[::-1]) for t, p in zip(texts, positions, strict=True)
+    ]
     assert numbers.get().tolist() == [first + (second << 32) for first, second, *_ in words]
     assert len(np.unique(numbers.get())) == N
 
