@@ -33,7 +33,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from neox.gpu import load
-from neox.gpu.decode import Cache, GreedyDecoder, Step, new_cache, new_step, prefill, run_step
+from neox.gpu.decode import Cache, SamplingDecoder, Step, new_cache, new_step, prefill, run_step
 from neox.gpu.device import Array, Device, open_device
 from neox.gpu.load import arranged
 from neox.gpu.model import Model, rotary_arrays, unembed
@@ -43,6 +43,7 @@ from neox.reference.checkpoint.tensors import TensorSpec, build_params, named_te
 from neox.reference.config import GPT_NEOX_20B, Config, config_to_dict
 from neox.reference.costs import cached_numbers, flops, layer_weights, output_weights
 from neox.reference.errors import InputError
+from neox.reference.sampling import GREEDY
 
 SOURCE = Source(
     "benchmark.cu",
@@ -325,7 +326,7 @@ def read_prompt(model: Model, plan: Plan, length: int) -> Row:
 
 def first_token(model: Model, plan: Plan, length: int) -> Row:
     """On the host's clock, from the prompt to the first token in the host's memory."""
-    ids, decoder = prompt_of(model.config, length), GreedyDecoder(model)
+    ids, decoder = prompt_of(model.config, length), SamplingDecoder(model, [GREEDY])
 
     def once() -> float:
         start = time.perf_counter()

@@ -32,7 +32,7 @@ from neox.reference.checkpoint.hub import find
 from neox.reference.checkpoint.load import load
 from neox.reference.config import Config
 from neox.reference.errors import InputError, Parser, run
-from neox.reference.generate import CachedDecoder, Completion, Decoder, Piece, Request, gathered, stream
+from neox.reference.generate import CachedDecoder, Completion, Piece, Request, gathered, stream
 from neox.reference.sampling import Sampling, new_seed
 from neox.reference.tokenizer import Tokenizer, load_tokenizer
 
@@ -183,7 +183,7 @@ Read = Callable[[int], None]  # called with the number of positions that were re
 @dataclass(frozen=True)
 class Backend:
     config: Config
-    decoder: Callable[[Sequence[Request], Tokenizer, Read], Decoder]
+    stream: Callable[[Sequence[Request], Tokenizer, Read], Iterator[Piece]]
     positions: Callable[[Sequence[int]], int]  # of the lengths of the prompts
 
 
@@ -208,10 +208,12 @@ def open_backend(args: argparse.Namespace, folder: Path) -> Backend:
         from neox import gpu
 
         on_device = gpu.load(folder, dtype=dtype, device=args.device or "cuda", **fields)
-        return Backend(on_device.config, partial(gpu.decoder_for, on_device), sum)
+        return Backend(on_device.config, partial(gpu.stream, on_device), sum)
     model = load(folder, dtype=dtype, weights=args.weights or "auto", layer_norms=args.layer_norms or "mean", **fields)
     # Shorter prompts are padded: all are read side by side.
-    return Backend(model.config, lambda requests, tokenizer, read: CachedDecoder(model, read), max)
+    return Backend(
+        model.config, lambda asked, tokenizer, read: stream(CachedDecoder(model, read), asked, tokenizer), max
+    )
 
 
 # What is printed.
@@ -339,7 +341,7 @@ def continue_texts(args: argparse.Namespace, open_model: Callable[[argparse.Name
             if bar.n == total:
                 bar.close()  # before the text begins
 
-        pieces = timing.watch(stream(backend.decoder(requests, tokenizer, read), requests, tokenizer))
+        pieces = timing.watch(backend.stream(requests, tokenizer, read))
         if args.json:
             completions = gathered(pieces, len(requests))
         else:
@@ -377,11 +379,12 @@ def on_rank(args: argparse.Namespace, sums: str | None, comm: Communicator) -> N
         def open_shard(args: argparse.Namespace, folder: Path) -> Backend:
             shard = load_shard(folder)
 
-            def decoder(requests: Sequence[Request], tokenizer: Tokenizer, read: Read) -> Decoder:
+            def pieces(requests: Sequence[Request], tokenizer: Tokenizer, read: Read) -> Iterator[Piece]:
                 part = distributed.decoder_of(shard, read)
-                return ends.enter_context(distributed.Leader(part, comm, requests, tokenizer))
+                leader = ends.enter_context(distributed.Leader(part, comm, requests, tokenizer))
+                return stream(leader, requests, tokenizer)
 
-            return Backend(shard.config, decoder, sum if args.backend == "gpu" else max)
+            return Backend(shard.config, pieces, sum if args.backend == "gpu" else max)
 
         continue_texts(args, open_shard)
 

@@ -36,8 +36,10 @@ from neox.gpu.model import (
     placed,
     unembed,
 )
+from neox.gpu.sampling import Samplings, on_device, sample
 from neox.reference.config import Config
 from neox.reference.errors import InputError
+from neox.reference.sampling import Sampling
 
 CHUNK = 2048  # positions that go through the model at a time: bounds the memory that long prompts take
 BLOCKS = 512  # among which the keys of a step are shared out, so that a card has something to do everywhere
@@ -74,19 +76,21 @@ def new_cache(model: Model, batch: int, capacity: int) -> Cache:
 class Step:
     """What a step of N texts reads and writes."""
 
-    ids: Array  # int32 (N): the tokens to append; afterwards the likeliest to follow them
+    ids: Array  # int32 (N): the tokens to append; afterwards those that are chosen to follow them
     place: Place
     work: Workspace
     partial: Array  # float32 (N,H,splits,D+2): of the attention
     arrived: Array  # uint32 (N,H): splits that are done; 0 between launches, as is the next
     taken: Array  # uint32 (2): by the blocks of a fused kernel
     logits: Array  # float32 (N,V)
+    numbers: Array  # uint64 (N): by which the ids are drawn
 
     def first(self, count: int) -> Step:
         """The same memory for fewer texts."""
         place = Place(self.place.texts[:count], self.place.positions[:count])
         work, partial, logits = self.work.first(count), self.partial[:count], self.logits[:count]
-        return Step(self.ids[:count], place, work, partial, self.arrived[:count], self.taken, logits)
+        ids, arrived, numbers = self.ids[:count], self.arrived[:count], self.numbers[:count]
+        return Step(ids, place, work, partial, arrived, self.taken, logits, numbers)
 
 
 def new_step(model: Model, batch: int, capacity: int) -> Step:
@@ -101,6 +105,7 @@ def new_step(model: Model, batch: int, capacity: int) -> Step:
         arrived=model.device.zeros((batch, H), np.uint32),
         taken=model.device.zeros(2, np.uint32),
         logits=empty((batch, model.rows_of_head), np.float32),
+        numbers=empty(batch, np.uint64),
     )
 
 
@@ -168,11 +173,31 @@ class Ways:
 WHOLE = Ways()
 
 
-def run_step(model: Model, cache: Cache, step: Step, allowed: Array | None, ways: Ways = WHOLE) -> None:
-    """Append one id to each text: its logits, the likeliest id to follow in place of the id, the next position."""
+def choose(step: Step, allowed: Array | None, samplings: Samplings | None) -> None:
+    """step.logits -> step.ids: the likeliest, or drawn as each text of the cache is sampled.
+
+    A number depends on the text's seed and the position of its last token: it is another at each replay of a graph.
+    """
+    if samplings is None:
+        ops.argmax(step.logits, allowed, step.ids)
+        return
+    texts, positions = step.place.texts, step.place.positions
+    ops.uniform(samplings.seeds, texts, positions, step.numbers)
+    sample(step.logits, allowed, samplings, texts, step.numbers, step.ids)
+
+
+def run_step(
+    model: Model,
+    cache: Cache,
+    step: Step,
+    allowed: Array | None,
+    ways: Ways = WHOLE,
+    samplings: Samplings | None = None,
+) -> None:
+    """Append one id to each text: its logits, the id chosen to follow in place of the id, the next position."""
     ways.step(model, cache, step)
     unembed(model, step.work.x, step.work.normed, step.logits)
-    ops.argmax(step.logits, allowed, step.ids)
+    choose(step, allowed, samplings)
     ops.advance(step.place.positions)
 
 
@@ -219,9 +244,10 @@ class CachedDecoder:
     ) -> None:
         """progress is called while prompts are read, with the number of positions that were.
 
-        allowed: (V,), false for ids that the arg-max must not choose.
+        allowed: (V,), false for ids that must not be chosen.
         """
         self._model = model
+        self._samplings: Samplings | None = None
         self._ways = ways
         self._progress = progress
         self._allowed = None if allowed is None else model.device.array(allowed.astype(np.uint8))
@@ -242,8 +268,10 @@ class CachedDecoder:
         self._graph, self._compiled = None, False
         last = prefill(model, self._cache, prompts, self._progress, self._ways)
         unembed(model, last, self._step.work.normed, self._step.logits)
-        ops.argmax(self._step.logits, self._allowed, self._step.ids)
-        self._place(np.arange(batch, dtype=np.int32), np.array([len(prompt) for prompt in prompts], np.int32))
+        texts, lengths = np.arange(batch, dtype=np.int32), np.array([len(prompt) for prompt in prompts], np.int32)
+        self._place(texts, lengths - 1)  # of the last tokens, as in a step
+        choose(self._step, self._allowed, self._samplings)
+        self._place(texts, lengths)
         return self._outcome()
 
     def step(self, ids: Sequence[int]) -> NDArray:
@@ -259,7 +287,7 @@ class CachedDecoder:
         self._graph, self._compiled = None, False  # for fewer texts products may be other kernels
 
     def go_on(self) -> None:
-        """A step with the ids that the last one found likeliest. Nothing is copied and nothing waited for."""
+        """A step with the ids that the last one chose. Nothing is copied and nothing waited for."""
         if self._lengths.max() >= self._cache.keys.shape[3]:
             raise InputError(f"{self._lengths.max() + 1} tokens, but this cache holds {self._cache.keys.shape[3]}")
         self._lengths = self._lengths + 1
@@ -273,12 +301,12 @@ class CachedDecoder:
             self._graph = self._model.device.capture(self._launches)
         self._graph.replay()
 
-    def likeliest(self) -> NDArray:  # (N,)
-        """The likeliest id to follow each text; -1 where its logits are not finite."""
+    def chosen(self) -> NDArray:  # (N,)
+        """The id chosen to follow each text; -1 where its logits are not finite."""
         return self._step.ids.get()
 
     def _launches(self) -> None:
-        run_step(self._model, self._cache, self._step, self._allowed, self._ways)
+        run_step(self._model, self._cache, self._step, self._allowed, self._ways, self._samplings)
 
     def _place(self, texts: NDArray, lengths: NDArray) -> None:
         self._step.place.texts.set(texts)
@@ -289,15 +317,35 @@ class CachedDecoder:
         return self._ways.fetch(self._step.logits)
 
 
-class GreedyDecoder(CachedDecoder):
-    """For greedy decoding: arg-max runs on the device, and of its result only the ids are copied.
+class SamplingDecoder(CachedDecoder):
+    """Ids are chosen on the device, and only they are copied.
 
-    Its logits are 1 for the likeliest id and 0 for all others; NaN where those of the model are not finite.
+    A text's numbers are of its seed alone, whatever the other texts are. A seed gives other ids than in the reference,
+    from the same distribution. In place of logits, `start` and `step` return what leaves one id to whoever samples
+    from them: 0 for the chosen id, the lowest number for all others; NaN where the model's logits are not finite.
     """
 
+    def __init__(
+        self,
+        model: Model,
+        samplings: Sequence[Sampling],
+        progress: Callable[[int], object] = lambda _: None,
+        allowed: NDArray | None = None,
+    ) -> None:
+        """samplings: of each text. ValueError if one has a repetition penalty."""
+        super().__init__(model, progress, allowed)
+        self._texts = len(samplings)
+        on_the_device = on_device(samplings, model.device)
+        self._samplings = on_the_device if any(s.temperature for s in samplings) else None
+
+    def start(self, prompts: Sequence[Sequence[int]], capacity: int) -> NDArray:
+        if len(prompts) != self._texts:
+            raise ValueError(f"{len(prompts)} prompts for {self._texts} samplings")
+        return super().start(prompts, capacity)
+
     def _outcome(self) -> NDArray:
-        ids = self.likeliest()
-        logits = np.zeros((len(ids), self.config.vocab_size), np.float32)
-        logits[np.arange(len(ids)), ids] = 1
-        logits[ids < 0] = np.nan
-        return logits
+        ids = self.chosen()
+        rows = np.full((len(ids), self.config.vocab_size), np.finfo(np.float32).min, np.float32)
+        rows[np.arange(len(ids)), ids] = 0
+        rows[ids < 0] = np.nan
+        return rows

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from numpy.typing import ArrayLike
 
-from neox.gpu.decode import CachedDecoder, GreedyDecoder
+from neox.gpu.decode import CachedDecoder, SamplingDecoder
 from neox.gpu.model import Model
-from neox.reference.generate import Request, one_sequence, stream
-from neox.reference.sampling import Sampling
+from neox.reference.generate import Piece, Request, one_sequence
+from neox.reference.generate import stream as stream_with
+from neox.reference.sampling import GREEDY, Sampling
 from neox.reference.tokenizer import Tokenizer
 
 
@@ -19,15 +21,31 @@ def decoder_for(
     tokenizer: Tokenizer | None = None,
     progress: Callable[[int], object] = lambda _: None,
 ) -> CachedDecoder:
-    """The one that copies no more than these requests need. progress: as of CachedDecoder."""
+    """The one that copies no more than these requests need. progress: as of CachedDecoder.
+
+    Ids are chosen on the device unless some request wants log-probabilities or has a repetition penalty.
+    """
     allowed = None if tokenizer is None else tokenizer.has_token(model.config.vocab_size)
-    kind = GreedyDecoder if all(map(_likeliest_suffices, requests)) else CachedDecoder
-    return kind(model, progress, allowed)
+    if any(map(_needs_logits, requests)):
+        return CachedDecoder(model, progress, allowed)
+    return SamplingDecoder(model, [request.sampling for request in requests], progress, allowed)
 
 
-def _likeliest_suffices(request: Request) -> bool:
-    sampling = request.sampling
-    return sampling.temperature == 0 and sampling.repetition_penalty == 1 and request.logprobs is None
+def _needs_logits(request: Request) -> bool:
+    return request.logprobs is not None or request.sampling.repetition_penalty != 1
+
+
+def stream(
+    model: Model,
+    requests: Sequence[Request],
+    tokenizer: Tokenizer | None = None,
+    progress: Callable[[int], object] = lambda _: None,
+) -> Iterator[Piece]:
+    """As that of reference/generate.py, of the same requests."""
+    decoder = decoder_for(model, requests, tokenizer, progress)
+    if isinstance(decoder, SamplingDecoder):  # the filters would take milliseconds to find the only id that is left
+        requests = [replace(request, sampling=GREEDY) for request in requests]
+    return stream_with(decoder, requests, tokenizer)
 
 
 def generate(
@@ -43,8 +61,10 @@ def generate(
     tokenizer: Tokenizer | None = None,
     ignore_eos: bool = False,
 ) -> Iterator[int]:
-    """The ids that continue one text, each as soon as it is chosen: as reference.generate, of the same arguments."""
+    """The ids that continue one text, each as soon as it is chosen: as reference.generate, of the same arguments.
+
+    A seed repeats a text here, but gives another than in the reference, unless there is a repetition penalty.
+    """
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     request = Request(one_sequence(ids).tolist(), max_tokens, sampling, ignore_eos=ignore_eos)
-    pieces = stream(decoder_for(model, [request], tokenizer), [request], tokenizer)
-    return (piece.id for piece in pieces)
+    return (piece.id for piece in stream(model, [request], tokenizer))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -17,14 +18,16 @@ from strategies import draw_ids, seeds
 
 import neox.gpu as gpu
 import neox.reference as reference
-from neox.gpu import decode
+from neox.gpu import decode, ops
 from neox.gpu import model as gpu_model
-from neox.gpu.decode import CachedDecoder, GreedyDecoder
+from neox.gpu.decode import CachedDecoder, SamplingDecoder
 from neox.gpu.device import CudaDevice, Device, HostDevice
 from neox.gpu.model import FEW
 from neox.reference import shipped
 from neox.reference.config import Config
 from neox.reference.errors import InputError
+from neox.reference.generate import Request, gathered, stream
+from neox.reference.sampling import GREEDY, Sampling, candidates
 
 LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=3)
 
@@ -127,7 +130,7 @@ def test_a_step_allocates_nothing_and_waits_for_nothing() -> None:
         chosen = told.start(texts, 15).argmax(axis=1)
         alone.start(texts, 15)
         for _ in range(8):
-            assert np.array_equal(alone.likeliest(), chosen)
+            assert np.array_equal(alone.chosen(), chosen)
             chosen = told.step(chosen.tolist()).argmax(axis=1)
             alone.go_on()
 
@@ -225,26 +228,99 @@ def test_greedy_generation_is_the_references_outside_a_margin(dtype) -> None:
     "sampling", [{}, {"temperature": 0.8, "seed": 1}, {"temperature": 1, "top_k": 20, "top_p": 0.9, "seed": 2}]
 )
 def test_generation_is_the_references(sampling) -> None:
-    """In float32, whose logits are so near that the draws fall on the same ids."""
+    """In float32, whose logits are so near that draws on the host fall on the same ids."""
     arguments = {"max_tokens": 40, "ignore_eos": True, **sampling}
     expected = list(reference.generate(shipped_reference(), PROMPT, **arguments))
     for device in all_devices()[:2]:
-        assert list(gpu.generate(shipped_on(device, "float32"), PROMPT, **arguments)) == expected
+        model = shipped_on(device, "float32")
+        request = Request(PROMPT, 40, Sampling(**sampling), ignore_eos=True)
+        assert [piece.id for piece in stream(CachedDecoder(model), [request])] == expected
+        if not sampling:
+            assert list(gpu.generate(model, PROMPT, **arguments)) == expected
 
 
-def test_the_greedy_decoder_chooses_what_the_logits_say() -> None:
+def test_ids_that_the_device_takes_are_what_the_logits_say() -> None:
     """With ids that no token belongs to, and of texts that end at different steps."""
     model = on_device(all_devices()[2], SMALL, "float16")
     allowed = np.arange(SMALL.vocab_size) % 3 > 0
     texts = texts_of(SMALL, [5, 2, 9], 0)
-    greedy, full = GreedyDecoder(model, allowed=allowed), CachedDecoder(model)
+    greedy, full = SamplingDecoder(model, [GREEDY] * 3, allowed=allowed), CachedDecoder(model)
     short, long = greedy.start(texts, 20), full.start(texts, 20)
     for kept in ([0, 1, 2], [0, 2], [0, 1], [1], [0]):
         chosen = np.where(allowed, long, -np.inf).argmax(axis=1)
-        assert np.array_equal(short, np.eye(SMALL.vocab_size)[chosen])
+        assert short.max(axis=1).tolist() == [0] * len(short)
+        assert np.array_equal(short == 0, np.eye(SMALL.vocab_size)[chosen])
         greedy.keep(kept)
         full.keep(kept)
         short, long = greedy.step(chosen[kept].tolist()), full.step(chosen[kept].tolist())
+
+
+# Sampling on the device.
+
+WAYS = [
+    Sampling(0.9, top_k=30, seed=1),
+    GREEDY,
+    Sampling(1.0, top_p=0.9, min_p=0.01, seed=2),
+    Sampling(1.2, seed=2),
+]
+
+
+def requests_of(lengths: Sequence[int], tokens: Sequence[int]) -> list[Request]:
+    texts = texts_of(SMALL, list(lengths), 5)
+    return [Request(*given, ignore_eos=True) for given in zip(texts, tokens, WAYS, strict=True)]
+
+
+def ids_of(model: gpu.Model, requests: Sequence[Request]) -> list[tuple[int, ...]]:
+    return [completion.ids for completion in gathered(gpu.stream(model, requests), len(requests))]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_seed_gives_the_same_text_in_any_batch(dtype) -> None:
+    """Texts of unequal lengths that end at different steps, and in another order, against each one alone."""
+    requests = requests_of([5, 2, 9, 4], [7, 3, 9, 12])
+    for device in all_devices()[:2]:
+        model = on_device(device, SMALL, dtype)
+        alone = [ids_of(model, [request])[0] for request in requests]
+        assert ids_of(model, requests) == alone
+        assert ids_of(model, [*requests[::-1], requests[0]]) == [*alone[::-1], alone[0]]
+        assert ids_of(model, [replace(requests[3], sampling=replace(WAYS[3], seed=3))]) != [alone[3]]
+
+
+def test_draws_of_a_text_are_those_of_the_reference_by_its_numbers() -> None:
+    """Each id follows from the logits after the ids before it and from its own number, captured steps included."""
+    device = all_devices()[0]
+    model, request = on_device(device, SMALL, "float32"), requests_of([5, 2, 9, 4], [9] * 4)[2]
+    allowed = np.arange(SMALL.vocab_size) % 3 > 0
+    decoder, full = SamplingDecoder(model, [request.sampling], allowed=allowed), CachedDecoder(model)
+    decoder.start([request.prompt], 20)
+    logits, drawn_ids = full.start([request.prompt], 20), []
+    seeds, numbers = device.array(np.array([2], np.uint64)), device.empty(1, "uint64")
+    for position in range(len(request.prompt) - 1, len(request.prompt) + 10):
+        ops.uniform(seeds, device.zeros(1, "int32"), device.array(np.array([position], np.int32)), numbers)
+        ids, p = candidates(logits[0], request.sampling, allowed=allowed)
+        drawn_ids.append(int(decoder.chosen()[0]))
+        assert drawn_ids[-1] == ids[np.searchsorted(np.cumsum(p), float(numbers.get()[0]) / 2**64, side="right")]
+        decoder.go_on()
+        logits = full.step(drawn_ids[-1:])
+    assert decoder._graph is not None
+    assert len(set(drawn_ids)) > 3
+
+
+def test_what_is_returned_leaves_one_id_to_any_filter() -> None:
+    """A program that samples once more, from what the decoder returns, gets the ids that were drawn."""
+    model, requests = on_device(all_devices()[0], SMALL, "float32"), requests_of([5, 2, 9, 4], [6] * 4)
+    twice = gathered(stream(gpu.decoder_for(model, requests), requests), 4)
+    assert [completion.ids for completion in twice] == ids_of(model, requests)
+
+
+def test_where_ids_are_chosen() -> None:
+    model, request = on_device(all_devices()[0], SMALL, "float32"), Request([1], 1, Sampling(1.0))
+    on_the_host = [replace(request, logprobs=0), replace(request, sampling=Sampling(1.0, repetition_penalty=1.1))]
+    assert type(gpu.decoder_for(model, [request, request])) is SamplingDecoder
+    for other in on_the_host:
+        assert type(gpu.decoder_for(model, [request, other])) is CachedDecoder
+    with pytest.raises(ValueError, match="2 prompts for 1 samplings"):
+        SamplingDecoder(model, [GREEDY]).start([[1], [2]], 5)
 
 
 def test_logits_that_are_not_finite_are_told() -> None:
