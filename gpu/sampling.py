@@ -14,7 +14,7 @@ from neox.gpu import ops
 from neox.gpu.device import Array, Device
 from neox.reference.sampling import Sampling, new_seed
 
-SINGLE = np.finfo(np.float32)
+COLDEST, HOTTEST = 2.0**-126, 2.0**126  # whose inverses are normal numbers in float32, too
 PARTS = 2**64  # of which a fraction is a whole number
 
 
@@ -29,9 +29,9 @@ class Samplings:
     seeds: Array  # uint64 (B)
 
 
-def temperature_in_single(temperature: float) -> float:
-    """The nearest that is a normal float32; 0 stays 0, which means something else than nearly 0."""
-    return float(np.clip(temperature, SINGLE.tiny, SINGLE.max)) if temperature else 0.0
+def temperature_of(sampling: Sampling) -> float:
+    """The nearest that the kernel can take; 0 stays 0, which means something else than nearly 0."""
+    return min(max(sampling.temperature, COLDEST), HOTTEST) if sampling.temperature else 0.0
 
 
 def parts_of(fraction: float) -> int:
@@ -45,7 +45,7 @@ def on_device(samplings: Sequence[Sampling], device: Device) -> Samplings:
         raise ValueError("a repetition penalty needs the text, which the device does not keep")
     seeds = [new_seed() if s.seed is None else s.seed for s in samplings]
     return Samplings(
-        temperatures=device.array(np.array([temperature_in_single(s.temperature) for s in samplings], np.float32)),
+        temperatures=device.array(np.array([temperature_of(s) for s in samplings], np.float32)),
         top_k=device.array(np.array([min(s.top_k, ops.LARGEST_SAMPLED_VOCAB) for s in samplings], np.int32)),
         top_p=device.array(np.array([parts_of(s.top_p) for s in samplings], np.uint64)),
         min_p=device.array(np.array([parts_of(s.min_p) for s in samplings], np.uint64)),
