@@ -1,21 +1,23 @@
 """Texts that come and go in a batch, on a device: the backend of reference/batching.py over a cache of pages.
 
 Keys and values lie in pages that texts with the same beginning share (paging.py); where each text's pages are, the
-kernels are told anew at each step. A step passes the new positions of all texts through the model together; where each
-has one, their attention is that of decoding, else that of prompts.
+kernels are told anew at each step. A step passes the new positions of all texts through the model together. Where each
+has one, it is a step of decode.py: what texts come and go lies in device memory, so the launches for as many texts are
+captured once, whichever they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from neox.gpu import ops
-from neox.gpu.decode import BLOCKS, SMALLEST_SHARE, Cache, through_layers
-from neox.gpu.device import Array
-from neox.gpu.model import Mix, Model, Place, mix_each, new_workspace, placed, unembed
+from neox.gpu.decode import Cache, Step, new_partial, new_step, step_through_layers, through_layers
+from neox.gpu.device import Array, Graph
+from neox.gpu.model import MANY, Model, new_workspace, placed, unembed
 from neox.gpu.paging import Holding, PagePool
 from neox.reference.batching import Segment, cuts
 from neox.reference.config import Config
@@ -38,12 +40,72 @@ def new_pages(model: Model, count: int, size: int) -> tuple[Array, Array]:
     return device.empty(shape, model.dtype), device.empty(shape, model.dtype)
 
 
-def table_of(holdings: Sequence[Holding]) -> NDArray[np.int32]:  # (B,P)
-    """The pages of each text; -1 where it has fewer than others."""
-    table = np.full((len(holdings), max(len(h.pages) for h in holdings)), -1, np.int32)
+def table_of(holdings: Sequence[Holding], width: int) -> NDArray[np.int32]:  # (B,P)
+    """The pages of each text; -1 where it has fewer than `width`."""
+    table = np.full((len(holdings), width), -1, np.int32)
     for row, holding in zip(table, holdings, strict=True):
         row[: len(holding.pages)] = holding.pages
     return table
+
+
+@dataclass
+class Launches:
+    """A step of some number of texts: the first time as it is, since a capture can compile nothing, then as a graph."""
+
+    model: Model
+    cache: Cache
+    step: Step
+    graph: Graph | None = None
+    compiled: bool = False
+
+    def run(self) -> None:
+        if not self.compiled:
+            self._launch()
+            self.compiled = True
+            return
+        self.graph = self.graph or self.model.device.capture(self._launch)
+        self.graph.replay()
+
+    def _launch(self) -> None:
+        step_through_layers(self.model, self.cache, self.step)
+        unembed(self.model, self.step.work.x, self.step.work.normed, self.step.logits)
+
+
+class Steps:
+    """Steps of one position of each text, over memory for as many texts as have come at once, or a few more."""
+
+    def __init__(self, model: Model, keys: Array, values: Array, width: int) -> None:
+        """width: pages of the longest text."""
+        self._model, self._width = model, width
+        self._keys, self._values = keys, values
+        self._most = 0  # texts that there is memory for
+        self._step: Step
+        self._table: Array  # int32 (most,P)
+        self._launches: dict[int, Launches] = {}  # by the number of texts
+
+    def logits(self, ids: NDArray, positions: NDArray, table: NDArray) -> NDArray:  # 2 x int32 (N), (N,P) -> (N,V)
+        if len(ids) > self._most:
+            self._make_room(1 << (len(ids) - 1).bit_length())  # or each text more would have all captured again
+        if len(ids) not in self._launches:
+            self._launches[len(ids)] = self._of(len(ids))
+        launches = self._launches[len(ids)]
+        launches.step.ids.set(ids)
+        launches.step.place.positions.set(positions)
+        launches.cache.pages.set(table)
+        launches.run()
+        return np.array(launches.step.logits.get())
+
+    def _make_room(self, most: int) -> None:
+        self._most, self._launches = most, {}
+        self._step = new_step(self._model, most, self._model.config.max_position_embeddings)
+        self._step.place.texts.set(np.arange(most, dtype=np.int32))
+        self._table = self._model.device.empty((most, self._width), np.int32)
+
+    def _of(self, count: int) -> Launches:
+        """Of fewer texts keys are shared out among more blocks."""
+        partial = new_partial(self._model, count, self._model.config.max_position_embeddings)
+        cache = Cache(self._keys, self._values, self._table[:count])
+        return Launches(self._model, cache, replace(self._step.first(count), partial=partial))
 
 
 class DeviceBackend:
@@ -54,6 +116,8 @@ class DeviceBackend:
         self._model = model
         self._pool = PagePool(-(-positions // size), size)
         self._keys, self._values = new_pages(model, self._pool.count, size)
+        self._width = -(-model.config.max_position_embeddings // size)
+        self._steps = Steps(model, self._keys, self._values, self._width)
 
     @property
     def config(self) -> Config:
@@ -72,34 +136,32 @@ class DeviceBackend:
 
     def advance(self, segments: Sequence[Segment[Holding]]) -> list[NDArray]:
         """Logits in float32, (wanted,V) of each segment."""
-        lengths = [len(s.ids) for s in segments]
-        for s, length in zip(segments, lengths, strict=True):
-            self._pool.reserve(s.memory, length)
-        x = self._through_layers(segments)
-        last = [np.arange(cut.stop - s.wanted, cut.stop) for s, cut in zip(segments, cuts(lengths), strict=True)]
-        logits = self._logits(x, np.concatenate(last).astype(np.int32))
+        for s in segments:
+            self._pool.reserve(s.memory, len(s.ids))
+        ids = np.concatenate([np.asarray(s.ids, np.int32) for s in segments])
+        positions = np.concatenate([np.arange(len(s.ids), dtype=np.int32) + s.memory.length for s in segments])
+        table = table_of([s.memory for s in segments], self._width)
+        if len(ids) == len(segments) <= MANY:
+            rows = self._steps.logits(ids, positions, table)
+            logits = [rows[i : i + s.wanted] for i, s in enumerate(segments)]
+        else:
+            logits = self._together(segments, ids, positions, table)
         for s in segments:
             self._pool.filled(s.memory, s.ids)
-        return [logits[cut] for cut in cuts(map(len, last))]
+        return logits
 
-    def _through_layers(self, segments: Sequence[Segment[Holding]]) -> Array:  # (N,C)
-        """What the last layer makes of the segments' ids, end to end; their pages are filled."""
-        model, device, lengths = self._model, self._model.device, [len(s.ids) for s in segments]
-        ids = np.concatenate([np.asarray(s.ids, np.int32) for s in segments])
-        texts = np.repeat(np.arange(len(segments), dtype=np.int32), lengths)
-        positions = np.concatenate([np.arange(len(s.ids), dtype=np.int32) + s.memory.length for s in segments])
-        cache = Cache(self._keys, self._values, device.array(table_of([s.memory for s in segments])))
-        place, mix = placed(model, texts, positions) if max(lengths) > 1 else self._one_each(texts, positions)
-        work = new_workspace(model, len(ids))
+    def _together(
+        self, segments: Sequence[Segment[Holding]], ids: NDArray, positions: NDArray, table: NDArray
+    ) -> list[NDArray]:
+        """Any numbers of positions, end to end, as prompts are read."""
+        model, device, bounds = self._model, self._model.device, cuts(len(s.ids) for s in segments)
+        texts = np.repeat(np.arange(len(segments), dtype=np.int32), [len(s.ids) for s in segments])
+        place, mix = placed(model, texts, positions)
+        work, cache = new_workspace(model, len(ids)), Cache(self._keys, self._values, device.array(table))
         through_layers(model, cache, device.array(ids), place, work, mix)
-        return work.x
-
-    def _one_each(self, texts: NDArray, positions: NDArray) -> tuple[Place, Mix]:
-        """One position of each text: its keys are shared out, so that few texts keep the whole device busy."""
-        device, heads = self._model.device, self.config.num_attention_heads
-        splits = max(1, min(BLOCKS // (len(texts) * heads), (int(positions.max()) + 1) // SMALLEST_SHARE))
-        place = Place(device.array(texts), device.array(positions))
-        return place, mix_each(place, device.empty((len(texts), heads, splits, self.config.head_dim + 2), np.float32))
+        last = [np.arange(cut.stop - s.wanted, cut.stop) for s, cut in zip(segments, bounds, strict=True)]
+        logits = self._logits(work.x, np.concatenate(last).astype(np.int32))
+        return [logits[cut] for cut in cuts(map(len, last))]
 
     def _logits(self, x: Array, rows: NDArray) -> NDArray:  # (N,C), (M) -> (M,V)
         model, device, C, V = self._model, self._model.device, self.config.hidden_size, self.config.vocab_size

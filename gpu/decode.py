@@ -93,16 +93,20 @@ class Step:
         return Step(ids, place, work, partial, arrived, self.taken, logits, numbers)
 
 
+def new_partial(model: Model, batch: int, capacity: int) -> Array:  # float32 (N,H,splits,D+2)
+    """What attention of `batch` texts of up to `capacity` positions leaves; as many splits as are worth their while."""
+    splits = max(1, min(BLOCKS // (batch * model.heads), capacity // SMALLEST_SHARE))
+    return model.device.empty((batch, model.heads, splits, model.config.head_dim + 2), np.float32)
+
+
 def new_step(model: Model, batch: int, capacity: int) -> Step:
-    config, empty = model.config, model.device.empty
-    H, D = model.heads, config.head_dim
-    splits = max(1, min(BLOCKS // (batch * H), capacity // SMALLEST_SHARE))
+    empty = model.device.empty
     return Step(
         ids=empty(batch, np.int32),
         place=Place(empty(batch, np.int32), empty(batch, np.int32)),
         work=new_workspace(model, batch),
-        partial=empty((batch, H, splits, D + 2), np.float32),
-        arrived=model.device.zeros((batch, H), np.uint32),
+        partial=new_partial(model, batch, capacity),
+        arrived=model.device.zeros((batch, model.heads), np.uint32),
         taken=model.device.zeros(2, np.uint32),
         logits=empty((batch, model.rows_of_head), np.float32),
         numbers=empty(batch, np.uint64),

@@ -19,7 +19,7 @@ from strategies import draw_ids, seeds
 
 import neox.gpu as gpu
 from neox.gpu import batching
-from neox.gpu.batching import DeviceBackend
+from neox.gpu.batching import DeviceBackend, Steps
 from neox.gpu.decode import CachedDecoder
 from neox.gpu.device import Device
 from neox.gpu.model import forward
@@ -216,16 +216,38 @@ def of(module: Any, function: str, name: str, check: str, *edits: tuple[str, str
 
 
 ADVANCED = "s.memory.length += len(s.ids)"
+ONCE = "launches.compiled or launches.{}.set({})"
 FIRST_IDS = "cut.start, cut.start + s.wanted"
 MUTANTS = [
     of(batching, "table_of", "the first text's pages for all", "kinds", ("= holding.pages", "= holdings[0].pages")),
     of(batching, "table_of", "the last page forgotten", "kinds", ("= holding.pages", "= [*holding.pages[:-1], 0]")),
     of(batching, "table_of", "pages in reverse", "kinds", ("= holding.pages", "= holding.pages[::-1]")),
-    of(DeviceBackend, "_through_layers", "all of one text", "kinds", ("np.arange(len(seg", "0 * np.arange(len(seg")),
-    of(DeviceBackend, "_through_layers", "positions from 0", "kinds", ("+ s.memory.length", "")),
-    of(DeviceBackend, "advance", "places not reserved", "kinds", ("self._pool.reserve(s.memory, length)", "pass")),
+    of(DeviceBackend, "_together", "all of one text", "kinds", ("np.arange(len(seg", "0 * np.arange(len(seg")),
+    of(DeviceBackend, "advance", "positions from 0", "kinds", ("+ s.memory.length", "")),
+    of(DeviceBackend, "advance", "places not reserved", "kinds", ("self._pool.reserve(s.memory, len(s.ids))", "pass")),
     of(DeviceBackend, "advance", "no names", "sharing", ("self._pool.filled(s.memory, s.ids)", ADVANCED)),
-    of(DeviceBackend, "advance", "logits after the first ids", "kinds", ("cut.stop - s.wanted, cut.stop", FIRST_IDS)),
+    of(DeviceBackend, "_together", "logits after the first ids", "kinds", ("cut.stop - s.wanted, cut.stop", FIRST_IDS)),
+    of(DeviceBackend, "advance", "logits of the first text", "kinds", ("rows[i : i + s.wanted]", "rows[: s.wanted]")),
+    of(
+        Steps,
+        "logits",
+        "the first ids for ever",
+        "kinds",
+        ("launches.step.ids.set(ids)", ONCE.format("step.ids", "ids")),
+    ),
+    of(Steps, "logits", "positions kept", "kinds", ("launches.step.place.positions.set(positions)", "pass")),
+    of(
+        Steps, "logits", "pages kept", "kinds", ("launches.cache.pages.set(table)", ONCE.format("cache.pages", "table"))
+    ),
+    of(Steps, "logits", "launches of any number", "kinds", ("not in self._launches", "!= 1 or not self._launches")),
+    of(Steps, "logits", "memory for the first texts only", "kinds", ("> self._most", "> self._most == 0")),
+    of(
+        Steps,
+        "_make_room",
+        "texts in reverse",
+        "kinds",
+        ("np.int32))\n    self._table", "np.int32)[::-1])\n    self._table"),
+    ),
     of(DeviceBackend, "open", "nothing shared at once", "room", ("capacity, ids)", "capacity, ())")),
     of(DeviceBackend, "recall", "nothing shared later", "sharing", ("self._pool.recall(memory, ids)", "memory.length")),
     of(DeviceBackend, "close", "pages kept", "kinds", ("self._pool.close(memory)", "pass")),
@@ -256,6 +278,22 @@ def test_texts_are_those_of_the_lone_decoder(dtype: str) -> None:
     found = gathered((event for event in events if isinstance(event, Piece)), len(asked))
     expected = [complete(CachedDecoder(model(device, dtype)), [request])[0] for request in asked]
     assert [(text.ids, text.finish_reason) for text in found] == [(text.ids, text.finish_reason) for text in expected]
+
+
+@pytest.mark.parametrize(("dtype", "launches"), [("float16", 3), ("float32", 10)])
+def test_a_step_is_captured_once_for_each_number_of_texts(dtype: str, launches: int) -> None:
+    """Beside the layers: embedding, norm and product."""
+    backend = DeviceBackend(model(all_devices()[0], dtype), 200, 8)
+    batch = Batch(backend, Limits(200))
+    for i in range(5):
+        batch.submit(Job(Request([i] * 3, 3 + 2 * (i > 2), ignore_eos=True)))
+    for _ in range(9):
+        batch.step()
+    graphs = {count: launches.graph for count, launches in backend._steps._launches.items()}
+    assert set(graphs) == {5, 2}
+    for graph in graphs.values():
+        assert graph is not None
+        assert len(graph.captured) == 3 + CONFIG.num_hidden_layers * launches
 
 
 def test_what_can_never_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
