@@ -146,7 +146,7 @@ def check_visits(backend: Checked, visits: Sequence[Visit], limits: Limits, seed
 
 @pytest.mark.parametrize("dtype", ROUNDED)
 @pytest.mark.parametrize("device", all_devices()[:2])
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(VISITS, ROOM, st.sampled_from((1, 4, 7)), st.integers(1, 4), st.integers(1, 40), seeds)
 def test_every_text_is_as_alone(device, dtype, visits, positions, size, running, chunk, seed) -> None:
     check_visits(Checked(device, dtype, positions, size), visits, Limits(positions, running, 9, chunk), seed)
@@ -278,6 +278,23 @@ def test_texts_are_those_of_the_lone_decoder(dtype: str) -> None:
     found = gathered((event for event in events if isinstance(event, Piece)), len(asked))
     expected = [complete(CachedDecoder(model(device, dtype)), [request])[0] for request in asked]
     assert [(text.ids, text.finish_reason) for text in found] == [(text.ids, text.finish_reason) for text in expected]
+
+
+def test_pages_that_a_failed_step_left_are_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(*_: Any) -> None:
+        raise RuntimeError("lost")
+
+    backend, job = Checked(all_devices()[0], "float32", 60, 4), Job(Request([3] * 20, 1))
+    batch = Batch(backend, Limits(60))
+    batch.submit(job)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="lost"):
+        patch.setattr(batching, "through_layers", breaks)
+        batch.step()
+    assert (batch.running, backend.free_pages, backend.opened) == (0, 15, [])
+    for passed in (20 + 20, 20 + 20 + 4):  # once in vain, then all of it, then what follows four whole pages
+        batch.submit(job)
+        batch.step()
+        assert backend.passed == passed
 
 
 @pytest.mark.parametrize(("dtype", "launches"), [("float16", 3), ("float32", 10)])
