@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import statistics
 import subprocess
@@ -33,7 +34,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from neox.gpu import load
-from neox.gpu.decode import Cache, SamplingDecoder, Step, new_cache, new_step, prefill, run_step
+from neox.gpu.decode import WHOLE, Cache, SamplingDecoder, Step, Ways, new_cache, new_step, prefill, run_step
 from neox.gpu.device import Array, Device, open_device
 from neox.gpu.load import arranged
 from neox.gpu.model import Model, rotary_arrays, unembed
@@ -168,16 +169,20 @@ def scale(spec: TensorSpec, layers: int) -> tuple[float, float]:
     return 0, 0.02 / (2 * layers) ** 0.5 if spec.sharding == "row" else 0.02
 
 
-def drawn_model(device: Device, plan: Plan) -> Model:
+Shape = Callable[[TensorSpec], tuple[int, ...]]
+
+
+def drawn_model(device: Device, plan: Plan, shape: Shape = lambda spec: spec.shape) -> Model:
+    """shape: of a tensor, which may be a rank's slice."""
     config = plan.config
-    needed, free = 2 * sum(spec.size for spec in tensor_table(config).values()), device.free_memory()
+    needed, free = 2 * sum(math.prod(shape(spec)) for spec in tensor_table(config).values()), device.free_memory()
     if needed > free:
         raise InputError(
             f"the weights take {needed / 1e9:.3g} GB, and the device has {free / 1e9:.3g} GB free: a smaller --shape"
         )
 
     def put(spec: TensorSpec) -> Array:
-        return draw(device.empty(spec.shape, plan.dtype), plan, spec.name, *scale(spec, config.num_hidden_layers))
+        return draw(device.empty(shape(spec), plan.dtype), plan, spec.name, *scale(spec, config.num_hidden_layers))
 
     named: Any = build_params(config, lambda spec: spec)  # type: ignore[arg-type, return-value]
     return Model(config, arranged(named, put), *rotary_arrays(config, device))
@@ -269,14 +274,14 @@ def place(step: Step, context: int) -> None:
     step.place.positions.set(np.full(batch, context, np.int32))
 
 
-def decode(model: Model, plan: Plan, batch: int, context: int) -> Row:
-    """Replays of the captured step, from this context on."""
+def decode(model: Model, plan: Plan, batch: int, context: int, ways: Ways = WHOLE) -> Row:
+    """Replays of the captured step, from this context on. The amounts are those of a whole model."""
     device = model.device
     last = context + max(plan.warm_up, plan.steps)
     cache, step = filled_cache(model, plan, batch, last + 1), new_step(model, batch, last + 1)
 
     def launches() -> None:
-        run_step(model, cache, step, None)
+        run_step(model, cache, step, None, ways)
 
     place(step, context)
     launches()  # compiles what a capture cannot

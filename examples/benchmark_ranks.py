@@ -2,10 +2,13 @@
 
     python examples/benchmark_ranks.py
     python examples/benchmark_ranks.py --shape pythia-160m --ranks 1 2
+    python examples/benchmark_ranks.py --backend gpu --ranks 2 4 8
+    python examples/benchmark_ranks.py --backend gpu --device host --dry-run
 
 A step appends one position to a text of 128, in float32, through layers of a model's full width. Every number of ranks
 with one thread each stands beside one rank with as many threads. Of the time of a step, `adds up` is what the sums over
-the ranks take once all have come to them, and `waits` what the first spend waiting for the last.
+the ranks take once all have come to them, and `waits` what the first spend waiting for the last. For cards:
+benchmark_ranks_gpu.py.
 """
 
 from __future__ import annotations
@@ -185,15 +188,25 @@ def parser() -> Parser:
     flags = Parser(description="What sharing a layer among ranks costs and gains.", allow_abbrev=False)
     flags.add_argument("--shape", choices=list(SHAPES), default="gpt-neox-20b")
     flags.add_argument("--layers", type=int, default=1)
-    flags.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    flags.add_argument("--ranks", type=int, nargs="+", default=None, help="1 2 4 by default; of cards 2 4 8")
     flags.add_argument("--steps", type=int, default=20)
     flags.add_argument("--rounds", type=int, default=3)
     flags.add_argument("--result", type=Path, help=argparse.SUPPRESS)  # given to the ranks
+    card = flags.add_argument_group("--backend gpu")
+    card.add_argument("--backend", choices=["reference", "gpu"], default="reference")
+    card.add_argument("--device", choices=["cuda", "host"], default="cuda")
+    card.add_argument("--allreduce", metavar="WAY", help="how the devices of several processes add up")
+    card.add_argument("--dry-run", action="store_true", help="a tiny shape, to see that all of it runs")
     return flags
 
 
 def main() -> None:
     args = parser().parse_args()
+    if args.backend == "gpu":
+        import benchmark_ranks_gpu
+
+        return benchmark_ranks_gpu.benchmark(args, SHAPES)
+    args.ranks = args.ranks or [1, 2, 4]
     if min(args.layers, args.steps, args.rounds, *args.ranks) < 1:
         raise InputError("--layers, --ranks, --steps and --rounds are at least 1")
     if args.result is not None:

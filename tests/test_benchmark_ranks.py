@@ -34,6 +34,33 @@ def test_ranks_that_fail_are_one_line() -> None:
     assert job.stderr.count("\n") == 1
 
 
+@needs_mpi
+def test_a_dry_run_goes_all_the_way_on_devices() -> None:
+    """Sums between streams and between processes, and what is projected, by its formula."""
+    job = benchmark("--backend", "gpu", "--device", "host", "--dry-run")
+    assert job.status == 0, job.stderr
+    sums = dict(re.findall(r"^\| (\d x 48, 2 \w+[\w ]*) \| ([\d.e+]+) \| [\d.]+% \|$", job.stdout, re.MULTILINE))
+    assert set(sums) == {f"{n} x 48, 2 {where}" for n in (1, 3) for where in ("streams of one card", "processes")}
+    assert "2 processes: devices add up by ipc" in job.stdout
+    assert "Projected, not measured: step = a shard's step + 3 x the sum of a row between streams" in job.stdout
+    (found,) = re.findall(r"^\| 2 \| ([\d.]+) \| 3 \| ([\d.e+]+) \| ([\d.]+) \| ([\d.]+) \|$", job.stdout, re.MULTILINE)
+    shard, each, step, rate = map(float, found)
+    assert step == pytest.approx(shard + 3 * each / 1000, rel=2e-3)
+    assert rate == pytest.approx(1000 / step, rel=2e-3)
+    assert not job.left
+
+
+@needs_mpi
+@pytest.mark.parametrize(
+    ("flags", "phrase"), [(["--ranks", "3"], "too few for 3 ranks"), (["--allreduce", "owl"], "not 'owl'")]
+)
+def test_what_devices_cannot_do_is_one_line(flags: list[str], phrase: str) -> None:
+    job = benchmark("--backend", "gpu", "--device", "host", "--dry-run", *flags)
+    assert (job.status, job.stdout) == (2, "")
+    assert phrase in job.stderr
+    assert job.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("flags", "phrase"), [(["--ranks", "0"], "at least 1"), (["--shape", "gpt-2"], "invalid choice")]
 )
