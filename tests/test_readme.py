@@ -32,6 +32,10 @@ IN_ANOTHER_TEST = {
     "python examples/benchmark.py --train": "test_benchmark.py",
     'python examples/generate.py --tensor-parallel 4 --prompt "Once upon a time"': "test_launch.py",
     'mpiexec -n 4 python examples/generate.py --tensor-parallel --prompt "Once upon a time"': "test_launch.py",
+    'python examples/generate.py --tensor-parallel 2 --backend gpu --device host --prompt "Once upon a time"': (
+        "test_launch.py"
+    ),
+    "python examples/benchmark_ranks.py --backend gpu --device host --dry-run": "test_benchmark_ranks.py",
     "python examples/random_checkpoint.py gpt-neox-20b drawn --layers 2 --to neox --ranks 2": "test_convert.py",
     "python examples/benchmark.py --backend gpu --device host --dry-run": "test_benchmark_gpu.py",
     "python examples/evaluate.py --tasks local_arithmetic --metadata form=short": "test_evaluate.py",
