@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import json
 import random
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -59,7 +58,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     drawn = tmp_path_factory.mktemp("models") / "drawn"
     tokenizer = (shipped.path() / "tokenizer.json").read_bytes()
     write_folder(drawn, model_files(random_model(SHAPE, seed=8), "float32", tokenizer))
-    shutil.copy(shipped.path() / "tokenizer_config.json", drawn)
     return {"drawn": drawn, "shipped": shipped.path()}
 
 

@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 
 from neox.reference import Model, Tokenizer, load, load_tokenizer, shipped
+from neox.reference.checkpoint.save import model_files
 from neox.reference.train import saved_steps
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -59,3 +60,10 @@ def test_induction_rises_over_the_series() -> None:
     found = [measure().induction(*read(SERIES / f"step{step}")) for step in saved_steps(SERIES)]
     assert max(found[:6]) < 0.02
     assert min(found[6:]) > 0.15
+
+
+def test_what_transformers_is_told_of_the_tokenizer_is_what_training_writes() -> None:
+    m = load(shipped.path())
+    files = model_files(m, "float16", (shipped.path() / "tokenizer.json").read_bytes())
+    assert files["tokenizer_config.json"] == (shipped.path() / "tokenizer_config.json").read_bytes()
+    assert "tokenizer_config.json" not in model_files(m, "float16", b"{}")

@@ -27,11 +27,27 @@ def json_bytes(content: Mapping[str, Any]) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode("utf-8")
 
 
+END_OF_TEXT = "<|endoftext|>"
+
+
+def _tokenizer_config(length: int) -> dict[str, Any]:
+    """What transformers needs to know beside tokenizer.json; without it, it pads with an id that the model may lack."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT),
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": length,
+    }
+
+
 def model_files(model: Model, dtype: str, tokenizer: bytes) -> dict[str, bytes]:
     """The files that another program needs to run the model, by name. tokenizer: the contents of a tokenizer.json."""
     tensors = {name: array.astype(dtype) for name, array in named_tensors(model.config, model.params).items()}
     config = {**config_to_dict(model.config), "dtype": dtype}
-    return {SINGLE: tensor_bytes(tensors), "config.json": json_bytes(config), "tokenizer.json": tokenizer}
+    files = {SINGLE: tensor_bytes(tensors), "config.json": json_bytes(config), "tokenizer.json": tokenizer}
+    if END_OF_TEXT.encode() in tokenizer:
+        files["tokenizer_config.json"] = json_bytes(_tokenizer_config(model.config.max_position_embeddings))
+    return files
 
 
 def _write_durably(path: Path, content: bytes) -> None:
