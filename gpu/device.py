@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import zip_longest
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -47,6 +47,7 @@ LARGEST_GRID = (2**31 - 1, 65535, 65535)
 PLAIN_SHARED_BYTES = 48 * 1024  # more must be asked for, kernel by kernel
 LARGEST_SHARED_BYTES = 227 * 1024  # of sm_90
 
+T = TypeVar("T")
 Size = int | tuple[int, ...]
 
 
@@ -147,6 +148,7 @@ class Device(ABC):
     _capturing: list[Array] | None = field(default=None, init=False)  # arrays of the graph under capture
     _noting: list[Callable[[], None]] | None = field(default=None, init=False)  # launches of one of several programs
     _modules: dict[Source, Any] = field(default_factory=dict, init=False)
+    _kept: dict[str, Any] = field(default_factory=dict, init=False)
 
     def empty(self, shape: Size, dtype: DTypeLike) -> Array:
         """Not to be read before it is written: on the host it is NaN."""
@@ -213,6 +215,13 @@ class Device(ABC):
             raise ValueError(f"positions {first} to {last} of texts of {other} and {S}")
         if first < last:
             self._copy_positions(source, target, first, last)
+
+    def kept(self, name: str, make: Callable[[], T]) -> T:
+        """Made when it is first asked for: scratch memory, which one launch at a time uses."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        kept: T = self._kept[name]
+        return kept
 
     def share(self, size: int) -> tuple[Array, bytes]:
         """Bytes that other processes can give to their kernels, and what they must be told to `attach` them."""

@@ -159,7 +159,8 @@ def new_workspace(model: Model, count: int) -> Workspace:
 # Operations.
 
 
-FEW = 16  # rows for which matvec reads the weights at most twice
+FEW = 4  # rows for which matvec has instructions to spare for each weight
+BATCH = 64  # rows up to which wide keeps up with the memory
 MANY = 256  # rows up to which reading the weights takes a card longer than multiplying them
 
 
@@ -171,10 +172,12 @@ def linear(x: Array, p: Linear, out: Array) -> None:  # (N,I) -> float32 (N,O)
     rows = x.shape[0]
     if rows > MANY:
         x.device.matmul(x, p.weight, out)
-    elif rows > FEW and x.dtype != np.float32:
-        ops.gemm(x, p.weight, out)
-    else:
+    elif rows <= FEW or x.dtype == np.float32:
         ops.matvec(x, p.weight, out)
+    elif rows <= BATCH and ops.can_wide(x.device, x.dtype, rows):
+        ops.wide(x, p.weight, out)
+    else:
+        ops.gemm(x, p.weight, out)
 
 
 def layer_norm(x: Array, p: LayerNorm, eps: float, out: Array) -> None:  # float32 (N,C) -> (N,C)

@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from neox.gpu.device import Array, expect, product_sizes
+from neox.gpu.device import Array, Device, expect, product_sizes
 from neox.gpu.source import Source
 
 TYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
@@ -55,6 +55,8 @@ PRODUCT = Source("product_naive.cu", tuple(f"product_naive<{T}>" for T in TYPES.
 ROWS = (1, 2, 4, 8)  # that a warp of matvec can take
 MATVEC = Source("matvec.cu", tuple(f"matvec<{T}, {rows}>" for T in TYPES.values() for rows in ROWS))
 GEMM = Source("gemm.cu", tuple(f"gemm<{T}>" for T in SHORT_TYPES))
+WIDE_ROWS = (32, 64)  # that the product of a batch can take
+WIDE = Source("wide.cu", tuple(f"wide<{T}, {rows}>" for T in SHORT_TYPES for rows in WIDE_ROWS))
 FUSED_ROWS = (8, 16)  # that a fused product of a decode step can take (fused.py)
 FUSED_QKV, FUSED_OUTPUT = (
     Source(f"{name}.cu", tuple(f"{name}<{T}, {rows}>" for T in SHORT_TYPES for rows in FUSED_ROWS))
@@ -68,7 +70,7 @@ ALL_REDUCE = Source("all_reduce.cu", tuple(f"all_reduce<{ranks}>" for ranks in r
 SUM_PARTS = Source("sum_parts.cu", ("sum_parts",))
 SOURCES = (
     *(EMBEDDING, LAYER_NORM, GELU, ROTARY_APPEND, ATTENTION_DECODE, ATTENTION_PREFILL, RESIDUAL, ARGMAX, SAMPLE),
-    *(ADVANCE, PRODUCT, MATVEC, GEMM, FUSED_QKV, FUSED_MLP, FUSED_OUTPUT, ALL_REDUCE, SUM_PARTS),
+    *(ADVANCE, PRODUCT, MATVEC, GEMM, WIDE, FUSED_QKV, FUSED_MLP, FUSED_OUTPUT, ALL_REDUCE, SUM_PARTS),
 )
 
 THREADS = 256  # of a block whose work any number of threads can share
@@ -77,6 +79,9 @@ PREFILL_THREADS, TILE_QUERIES = 128, 64  # as in attention_prefill.cu
 LARGEST_PREFILL_HEAD_DIM = 256
 MATVEC_THREADS, MATVEC_OUTPUTS = 256, 16  # of a block, as in matvec.cu
 GEMM_THREADS, GEMM_TILE = 128, 64  # as in gemm.cu
+WIDE_THREADS, WIDE_OUTPUTS, WIDE_SLICE, WIDE_STAGES = 128, 128, 64, 4  # as in wide.cu
+WIDE_TOGETHER = 2  # blocks on a multiprocessor
+MOST_TILES = 1 << 13  # of wide.cu: a million outputs
 SAMPLE_THREADS, SAMPLE_PARTS, LARGEST_SAMPLED_VOCAB = 512, 16, 2**19  # as in sample.cu
 
 
@@ -163,6 +168,41 @@ def gemm(x: Array, weight: Array, out: Array) -> None:
     grid = -(-outputs // GEMM_TILE), -(-N // GEMM_TILE)
     arguments = (x, weight, out, np.int32(N), np.int32(outputs), np.int32(inputs))
     out.device.launch(GEMM, name, grid, GEMM_THREADS, arguments)
+
+
+def wide(x: Array, weight: Array, out: Array, *, blocks: int | None = None) -> None:
+    """The same for up to 64 rows, float16 or bfloat16, as fast as weights are read. I must be a multiple of 8.
+
+    Sums that blocks share lie in memory that the device keeps for it. blocks: as many as fit, unless a test says.
+    """
+    N, outputs, inputs = _check_pieces(x, weight, out)
+    rows = next((rows for rows in WIDE_ROWS if rows >= N), None)
+    if type_of(x) not in SHORT_TYPES or rows is None:
+        raise ValueError(f"up to {WIDE_ROWS[-1]} rows of 16 bits are multiplied so, not {N} of {x.dtype}")
+    tiles, device = -(-outputs // WIDE_OUTPUTS), x.device
+    grid = min(blocks or WIDE_TOGETHER * device.multiprocessors, tiles * -(-inputs // WIDE_SLICE))
+    partial, arrived = device.kept(f"wide {grid}", lambda: _scratch(device, grid))
+    if tiles > MOST_TILES:
+        raise ValueError(f"{outputs} outputs are more than {MOST_TILES * WIDE_OUTPUTS}")
+    name = f"wide<{type_of(x)}, {rows}>"
+    arguments = (x, weight, out, partial, arrived, np.int32(N), np.int32(outputs), np.int32(inputs))
+    device.launch(replace(WIDE, kernels=(name,)), name, grid, WIDE_THREADS, arguments, wide_shared_bytes(rows))
+
+
+def wide_shared_bytes(rows: int) -> int:
+    return WIDE_STAGES * (rows + WIDE_OUTPUTS) * (WIDE_SLICE + 8) * 2
+
+
+def can_wide(device: Device, dtype: np.dtype, N: int) -> bool:
+    """Whether `wide` takes N rows of this dtype."""
+    rows = next((rows for rows in WIDE_ROWS if rows >= N), None)
+    short = TYPES[dtype.name] in SHORT_TYPES
+    return short and rows is not None and wide_shared_bytes(rows) <= device.shared_bytes
+
+
+def _scratch(device: Device, grid: int) -> tuple[Array, Array]:
+    partial = device.empty((grid, 2, WIDE_ROWS[-1], WIDE_OUTPUTS), np.float32)
+    return partial, device.zeros(MOST_TILES, np.uint32)
 
 
 def rotary_append(

@@ -73,10 +73,29 @@ def skinny(rows: int, outputs: int, inputs: int, texts: int) -> Case:
 
 
 def tiled(texts: int, outputs: int, inputs: int) -> Case:
-    columns, around = -(-outputs // ops.GEMM_TILE), texts * (2 * inputs + 4 * outputs)
+    tiles, around = -(-outputs // ops.GEMM_TILE) * -(-texts // ops.GEMM_TILE), texts * (2 * inputs + 4 * outputs)
     fewest = 2 * outputs * inputs + around
     name, kernel = f"gemm, {texts} x {inputs} -> {outputs}", f"gemm<{T}>"
-    return Case(name, ops.GEMM, kernel, ops.GEMM_THREADS, columns, columns, 1 / 2, fewest, fewest)
+    return Case(name, ops.GEMM, kernel, ops.GEMM_THREADS, tiles, tiles, 1 / 2, fewest, fewest)
+
+
+def batch(texts: int, outputs: int, inputs: int) -> Case:
+    """Units are slices, which are shared out evenly. Parts of tiles stay in the caches."""
+    rows = next(rows for rows in ops.WIDE_ROWS if rows >= texts)
+    slices = -(-outputs // ops.WIDE_OUTPUTS) * -(-inputs // ops.WIDE_SLICE)
+    fewest = 2 * outputs * inputs + texts * (2 * inputs + 4 * outputs)
+    return Case(
+        name=f"wide, {texts} x {inputs} -> {outputs}",
+        source=ops.WIDE,
+        kernel=f"wide<{T}, {rows}>",
+        block=ops.WIDE_THREADS,
+        grid=min(ops.WIDE_TOGETHER * PROCESSORS, slices),
+        units=slices,
+        streamed=ops.WIDE_OUTPUTS / (ops.WIDE_OUTPUTS + rows),
+        fewest=fewest,
+        moved=fewest,
+        dynamic=ops.wide_shared_bytes(rows),
+    )
 
 
 def fused_stream(name: str, source: Source, kernel: str, texts: int, outputs: int, inputs: int, beside: int) -> Case:
@@ -110,7 +129,8 @@ def attention(texts: int, context: int) -> Case:
 CASES = [
     *(skinny(rows, 3 * C, C, rows) for rows in (1, 2, 4, 8)),
     *(skinny(1, F, C, 1), skinny(1, C, C, 1), skinny(1, C, F, 1), skinny(1, 50432, C, 1), skinny(8, 3 * C, C, 16)),
-    *(tiled(32, 3 * C, C), tiled(64, 3 * C, C), tiled(64, C, F)),
+    *(batch(8, 50432, C), *(batch(texts, *shape) for texts in (32, 64) for shape in ((3 * C, C), (C, F)))),
+    *(batch(64, 50432, C), tiled(256, 3 * C, C), tiled(256, C, F)),
     *(*fused_step(1), *fused_step(8), *fused_step(16)),
     *(attention(1, 128), attention(1, 2048), attention(32, 1024)),
 ]

@@ -20,7 +20,7 @@ from test_kernels_embedding import check_embedding, check_embedding_share
 from test_kernels_fused import check_mlp, check_output, check_qkv
 from test_kernels_gelu import check_gelu, check_tail
 from test_kernels_layer_norm import check_block, check_naive, check_pair
-from test_kernels_products import check_gemm, check_matvec, check_product_naive
+from test_kernels_products import check_gemm, check_matvec, check_product_naive, check_wide
 from test_kernels_residual import check_residual, check_residual_pair
 from test_kernels_rotary_append import check_rotary_append
 from test_kernels_sample import check_greedy, check_sample, check_uniform
@@ -124,6 +124,15 @@ CASES: dict[Callable[..., None], tuple[str, list[tuple]]] = {
             ([2] * 9, 1, 24, 24, "float16"),
             ([70, 19], 2, 24, 40, "float16", 5, 2, "gelu_fast", 0, 16),
             ([19, 1], 1, 24, 40, "float16", 2, 3, "gelu", 0, 0, 72),
+        ],
+    ),
+    check_wide: (
+        "WIDE",
+        [
+            (5, 129, 9, "float16", 1),
+            (33, 300, 33, "bfloat16", 5),
+            (64, 100, 70, "float16", 4),
+            (17, 129, 17, "float16", 2, 1, 5),
         ],
     ),
     check_gemm: ("GEMM", [(65, 37, 17, "float16"), (9, 66, 4, "bfloat16"), (64, 64, 40, "bfloat16")]),
@@ -742,6 +751,45 @@ MUTANTS = [
         ("Activation::of(a +", "(a +"),
         ("(n) * O + f", "(n) * O"),
         ("rounds_of(C)});", "rounds_of(C) - 1});"),
+    ),
+    *mutants(
+        "wide.cu",
+        check_wide,
+        ("__syncthreads();  // every thread's copies", "// every thread's copies"),
+        ("__syncthreads();  // all know", "// all know"),
+        ("copy_async_wait<STAGES - 2>();", "copy_async_wait<STAGES - 1>();"),
+        ("copy_async_wait<STAGES - 2>();", ""),
+        ("fetch_both(at + STAGES - 1);", "fetch_both(at + STAGES);"),
+        ("ahead < STAGES - 1; ahead++", "ahead < STAGES - 2; ahead++"),
+        ("first + row < count && i", "i"),
+        ("&& i + column < I", ""),
+        ("first + row < count", "first + row < count - 1"),
+        ("i + column < I;", "i + column < I - 8;"),
+        ("COUNT * PIECES / THREADS; k++", "COUNT * PIECES / THREADS - 1; k++"),
+        ("% ROW_GROUPS * 32)", "/ 2 * 32)"),
+        ("i < SLICE; i += 16", "i < SLICE; i += 32"),
+        ("share.row + 16 * m + lane % 16", "share.row + 8 * m + lane % 16"),
+        ("16 * pair + lane / 16 * 8 + lane % 8", "16 * pair + lane % 16"),
+        ("[i + lane / 8 % 2 * 8]", "[i + lane / 16 * 8]"),
+        ("a[m], {b[2], b[3]}", "a[m], {b[0], b[1]}"),
+        ("sum[m][2 * pair + 1], a[m]", "sum[m][2 * pair + 1], a[0]"),
+        ("lane / 4 + j / 2 * 8", "lane / 4 + j % 2 * 8"),
+        ("return ((slice + 1) * blocks - 1) / slices;", "return slice * blocks / slices;"),
+        ("shares.first_of(block) < tile_begin", "shares.first_of(block) <= tile_begin"),
+        ("shares.first_of(block) < tile_begin", "0"),
+        ("(begin < tile_begin)) * ROWS", "0) * ROWS"),
+        ("block = first; block <= last", "block = first; block < last"),
+        ("block = first; block <= last", "block = first + 1; block <= last"),
+        ("n >= N || column", "column"),
+        ("|| column >= O", ""),
+        ("n < N && o + column", "o + column"),
+        ("o + column < O) y", "o + column < O - 1) y"),
+        ("at + 1 < tile_end && at + 1 < end", "at + 1 < tile_end"),
+        ("at + 1 < tile_end && at + 1 < end", "at + 1 < end"),
+        ("arrived + tile, last - first", "arrived + tile, last - first + 1"),
+        ("== last - first;", "== 0;"),
+        ("        clear<ROWS>(sum);\n    }", "    }"),
+        ("at % of_a_tile * SLICE", "(at - begin) * SLICE"),
     ),
     *mutants(
         "gemm.cu",

@@ -15,6 +15,7 @@ REGISTERS = {
     "attention_decode.cu": 96,  # a query and an average: five blocks of 128 threads fit; in 16 bits, with 80, six
     # Sums, scores and queries of a whole tile: in the 20B, with 168, three blocks of 128 threads fit.
     "attention_prefill.cu": 255,
+    "wide.cu": 168,  # 64 sums and their fragments: two blocks of 128 threads fit, which have 96 KB on their way
     "gemm.cu": 96,  # 32 sums and their fragments: five blocks of 128 threads fit
     # Two blocks of 256 threads fit, which have 64 to 96 KB on their way.
     **dict.fromkeys(("fused_qkv.cu", "fused_mlp.cu", "fused_output.cu"), 128),

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from neox.gpu import ops
 from neox.gpu.device import Array, CaptureError, Device, dtype_named
-from neox.gpu.model import FEW, MANY, Linear, linear
+from neox.gpu.model import BATCH, FEW, MANY, Linear, linear
 
 STEP = 2.0**-24  # largest relative error of one rounding in float32
 Product = Callable[[Array, Array, Array], None]
@@ -55,6 +55,22 @@ def check_gemm(device: Device, N: int, outputs: int, pieces: int, dtype: str, sc
     check(device, ops.gemm, *factors(N, outputs, 8 * pieces, dtype, scale, seed), 2 * 17 * -(-8 * pieces // 16))
 
 
+def check_wide(
+    device: Device, N: int, outputs: int, pieces: int, dtype: str, blocks: int = 3, scale: float = 1, seed: int = 0
+) -> None:
+    """As gemm; and at the end, the parts of as many blocks. Twice, since the second finds what the first has left."""
+    inputs = 8 * pieces
+    x, weight = factors(N, outputs, inputs, dtype, scale, seed)
+
+    def twice(x: Array, weight: Array, out: Array) -> None:
+        ops.wide(x, weight, out, blocks=blocks)
+        first = out.get()
+        ops.wide(x, weight, out, blocks=blocks)
+        assert np.array_equal(out.get(), first)
+
+    check(device, twice, x, weight, 2 * 17 * -(-inputs // 16) + blocks)
+
+
 seeds = st.integers(0, 2**32 - 1)
 SCALES = st.sampled_from((1, 0.03, 3000))  # the last: sums beyond what float16 can hold
 
@@ -83,13 +99,38 @@ def test_the_product_on_tensor_cores_is_right(device, N, outputs, pieces, dtype,
     check_gemm(device, N, outputs, pieces, dtype, scale, seed)
 
 
+# A slice is 8 pieces, of which 4 stand ready; a tile 128 outputs; blocks that share none, one or several tiles.
+OUTPUTS = st.sampled_from((1, 7, 100, 127, 128, 129, 300, 513))
+BLOCKS = st.sampled_from((1, 2, 3, 5, 8, 13, 264))
+
+
+@given(
+    devices(), st.sampled_from((1, 5, 16, 17, 31, 32, 33, 63, 64)), OUTPUTS, st.integers(1, 60),
+    st.sampled_from(("float16", "bfloat16")), BLOCKS, SCALES, seeds,
+)  # fmt: skip
+def test_the_product_of_a_batch_is_right_however_its_tiles_are_cut(
+    device, N, outputs, pieces, dtype, blocks, scale, seed
+) -> None:
+    check_wide(device, N, outputs, pieces, dtype, blocks, scale, seed)
+
+
+def test_what_the_product_of_a_batch_cannot_take_is_refused() -> None:
+    device, empty = all_devices()[0], all_devices()[0].empty
+    for N, dtype, said in ((65, "float16", "up to 64 rows of 16 bits"), (3, "float32", "of 16 bits are multiplied so")):
+        with pytest.raises(ValueError, match=said):
+            ops.wide(empty((N, 16), dtype), empty((5, 16), dtype), empty((N, 5), "float32"))
+    assert not ops.can_wide(device, dtype_named("float32"), 3)
+    assert not ops.can_wide(device, dtype_named("float16"), 65)
+    assert ops.can_wide(device, dtype_named("float16"), 64)
+
+
 def test_tensor_cores_take_16_bits() -> None:
     device = all_devices()[0]
     with pytest.raises(ValueError, match="numbers of 16 bits, not float32"):
         ops.gemm(device.empty((3, 16), "float32"), device.empty((5, 16), "float32"), device.empty((3, 5), "float32"))
 
 
-@pytest.mark.parametrize("product", [ops.matvec, ops.gemm])
+@pytest.mark.parametrize("product", [ops.matvec, ops.gemm, ops.wide])
 def test_rows_that_are_no_whole_pieces_are_refused(product) -> None:
     device = all_devices()[0]
     x, y = device.empty((3, 12), "float16"), device.empty((3, 5), "float32")
@@ -110,7 +151,7 @@ def test_the_product_by_a_library_is_right(device, N, outputs, inputs, dtype, sc
     check(device, by_library, *factors(N, outputs, inputs, dtype, scale, seed), 2 * 2 * inputs)
 
 
-PRODUCTS = (ops.product_naive, ops.matvec, ops.gemm, by_library)
+PRODUCTS = (ops.product_naive, ops.matvec, ops.gemm, ops.wide, by_library)
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
@@ -143,7 +184,7 @@ def test_shapes_and_dtypes_are_checked(product) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, FEW, FEW + 1, MANY, MANY + 1])
+@pytest.mark.parametrize("rows", [1, FEW, FEW + 1, BATCH, BATCH + 1, MANY, MANY + 1])
 def test_linear_is_right_and_can_be_captured_up_to_many_rows(rows, dtype) -> None:
     def product(x: Array, weight: Array, out: Array) -> None:
         linear(x, Linear(weight, None), out)
