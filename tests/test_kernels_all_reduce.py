@@ -313,7 +313,7 @@ def test_ranks_one_after_another_are_noticed(monkeypatch) -> None:
 def test_a_rank_that_is_missing_on_the_device_is_named() -> None:
     group = ranks_of(all_devices()[0], 3)
     group.set(1)
-    group.add_up(1000, absent=1)
+    group.add_up(1 << 19, absent=1)  # long enough for the others to begin
     assert [box[2].get() for box in group.boxes] == [2, 0, 2]
     assert all(np.isnan(part.get()).all() for rank in (0, 2) for part in group.parts[rank])
 
@@ -416,11 +416,13 @@ from dataclasses import replace
 from pathlib import Path
 from devices import host
 from neox.gpu import ops
-from test_kernels_all_reduce import check_all_reduce
+from test_kernels_all_reduce import check_absent, check_all_reduce, check_impatient
 if len(sys.argv) > 1:
     ops.ALL_REDUCE = replace(ops.ALL_REDUCE, folder=Path(sys.argv[1]))
 for seed in range(4):
     check_all_reduce(host("seeded", seed, "thread"), 3, 204, 4, 2)
+    check_impatient(host("seeded", seed, "thread"), 3, 40, seed)
+    check_absent(host("seeded", seed, "thread"), 3, 1)
 print("all checks pass")
 """
 
@@ -442,6 +444,7 @@ def test_thread_sanitizer_has_nothing_to_say() -> None:
         ("ptx.cuh", "value, __ATOMIC_RELEASE", "value, __ATOMIC_RELAXED"),
         ("ptx.cuh", "p, __ATOMIC_ACQUIRE", "p, __ATOMIC_RELAXED"),
         ("all_reduce.cu", "turn % 2", "0"),
+        ("all_reduce.cu", "missing = load_system(&own->missing)", "missing = own->missing"),
     ],
 )
 def test_a_wrong_order_is_a_race(file, right, wrong, tmp_path: Path, monkeypatch) -> None:

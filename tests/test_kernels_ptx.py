@@ -106,10 +106,14 @@ def check_loads(device: Device, source: Source, seed: int = 0) -> None:
 
 def check_messages(device: Device, source: Source, seed: int = 0) -> None:
     x = np.random.default_rng(seed).normal(size=(32, 4)).astype(np.float32)
-    y, seen = device.empty((32, 4), "float32"), device.empty(32, "uint32")
-    device.launch(source, "messages", 1, 32, (device.array(x), device.empty(32, "uint32"), y, seen))
+    y, (words, seen), (long_words, long_seen) = (
+        device.empty((32, 4), "float32"),
+        *([device.empty(32, dtype) for _ in range(2)] for dtype in ("uint32", "uint64")),
+    )
+    device.launch(source, "messages", 1, 32, (device.array(x), words, long_words, y, seen, long_seen))
     assert np.array_equal(y.get(), x)
     assert seen.get().tolist() == [(i - 5) % 32 for i in range(32)]
+    assert long_seen.get().tolist() == [((i - 3) % 32 + 1) << 33 for i in range(32)]
 
 
 def check_tile(device: Device, source: Source, dtype: str, by_columns: bool, seed: int = 0) -> None:

@@ -78,6 +78,8 @@ MUTANTS = [
     ("v4.f32 {%0,%1,%2,%3}, [%4]", "v4.f32 {%1,%0,%2,%3}, [%4]"),
     ("ld.acquire.sys.global.u32 %0, [%1]", "ld.acquire.sys.global.u32 %0, [%1+4]"),
     ("st.release.sys.global.u32 [%0], %1", "st.release.sys.global.u32 [%0+4], %1"),
+    ("ld.relaxed.sys.global.u64 %0, [%1]", "ld.relaxed.sys.global.u64 %0, [%1+8]"),
+    ("st.relaxed.sys.global.u64 [%0], %1", "st.relaxed.sys.global.u64 [%0+8], %1"),
 ]
 
 

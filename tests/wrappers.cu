@@ -46,11 +46,14 @@ extern "C" __global__ void loads(const float* x, float* y) {
     reinterpret_cast<uint4*>(y)[threadIdx.x] = load_once(x + 4 * threadIdx.x, policy);
 }
 
-// y = x: pieces of 16 bytes, (32), and what was released last in each of 32 words.
-extern "C" __global__ void messages(const float* x, unsigned* words, float* y, unsigned* seen) {
+// y = x: pieces of 16 bytes, (32); what was released last in each of 32 words; what was stored last in each of 32 more.
+extern "C" __global__ void messages(const float* x, unsigned* words, unsigned long long* long_words, float* y,
+                                    unsigned* seen, unsigned long long* long_seen) {
+    store_system(long_words + (threadIdx.x + 3) % 32, (threadIdx.x + 1ull) << 33);
     store_release_system(words + (threadIdx.x + 5) % 32, threadIdx.x);
     __syncthreads();
     seen[threadIdx.x] = load_acquire_system(words + threadIdx.x);
+    long_seen[threadIdx.x] = load_system(long_words + threadIdx.x);
     reinterpret_cast<float4*>(y)[threadIdx.x] = load_system(reinterpret_cast<const float4*>(x) + threadIdx.x);
 }
 

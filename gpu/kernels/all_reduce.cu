@@ -63,7 +63,7 @@ all_reduce(const unsigned long long* __restrict__ mailboxes, float* x, int n, in
     for (int r = 0; r < RANKS; r++) boxes[r] = reinterpret_cast<Mailbox*>(mailboxes[r]);
     Mailbox* own = reinterpret_cast<Mailbox*>(mailboxes[rank]);
     const unsigned turn = own->sums + 1;
-    const unsigned long long missing = own->missing;
+    const unsigned long long missing = load_system(&own->missing);  // another block may be writing it
     const bool gone = missing && missing >> 32 != turn;
     float4* x4 = reinterpret_cast<float4*>(x);
     const int stride = gridDim.x * blockDim.x, first = blockIdx.x * blockDim.x + threadIdx.x;
@@ -75,20 +75,23 @@ all_reduce(const unsigned long long* __restrict__ mailboxes, float* x, int n, in
     if (threadIdx.x < RANKS) {
         Mailbox* peer = reinterpret_cast<Mailbox*>(mailboxes[threadIdx.x]);
         if (!gone) store_release_system(&peer->flags[blockIdx.x][rank], turn);
-        missed = own->missing || !comes(&own->flags[blockIdx.x][threadIdx.x], turn, patience);
-        if (missed && !own->missing) own->missing = static_cast<unsigned long long>(turn) << 32 | (1 + threadIdx.x);
+        const bool given_up = load_system(&own->missing);
+        missed = given_up || !comes(&own->flags[blockIdx.x][threadIdx.x], turn, patience);
+        if (missed && !given_up)
+            store_system(&own->missing, static_cast<unsigned long long>(turn) << 32 | (1 + threadIdx.x));
     }
     // Every rank's pieces are there before any thread reads them; and all know if one's are not.
     const bool in_vain = __syncthreads_or(missed);
-    for (int i = first; i < n / 4; i += stride) {
+    const float nan = __int_as_float(0x7fc00000);
+    for (int i = first; in_vain && i < n / 4; i += stride) x4[i] = make_float4(nan, nan, nan, nan);
+    for (int i = first; !in_vain && i < n / 4; i += stride) {
         float4 parts[RANKS];
 #pragma unroll
         for (int r = 0; r < RANKS; r++) parts[r] = load_system(slot_of(boxes[r], turn, capacity) + i);
         float4 sum = parts[0];
 #pragma unroll
         for (int r = 1; r < RANKS; r++) sum = add(sum, parts[r]);
-        const float nan = __int_as_float(0x7fc00000);
-        x4[i] = in_vain ? make_float4(nan, nan, nan, nan) : sum;
+        x4[i] = sum;
     }
     // Each block has read `sums` by now, all of its threads before the barriers: the last may write it.
     if (threadIdx.x == 0 && atomicInc(&own->arrived, gridDim.x - 1) == gridDim.x - 1) own->sums = turn;

@@ -61,6 +61,13 @@ __device__ __forceinline__ float4 load_system(const float4* p) {
     __atomic_load(&p->w, &x.w, __ATOMIC_RELAXED);
     return x;
 }
+__device__ __forceinline__ unsigned long long load_system(const unsigned long long* p) {
+    host::perhaps_yield();
+    return __atomic_load_n(p, __ATOMIC_RELAXED);
+}
+__device__ __forceinline__ void store_system(unsigned long long* p, unsigned long long value) {
+    __atomic_store_n(p, value, __ATOMIC_RELAXED);
+}
 __device__ __forceinline__ void wait_for_others() { host::wait_for_others(); }  // in every turn of a loop that waits
 
 #else
@@ -138,6 +145,14 @@ __device__ __forceinline__ float4 load_system(const float4* p) {
     asm volatile("ld.relaxed.sys.global.v4.f32 {%0,%1,%2,%3}, [%4];"
                  : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(p) : "memory");
     return x;
+}
+__device__ __forceinline__ unsigned long long load_system(const unsigned long long* p) {
+    unsigned long long value;
+    asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(p) : "memory");
+    return value;
+}
+__device__ __forceinline__ void store_system(unsigned long long* p, unsigned long long value) {
+    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" :: "l"(p), "l"(value) : "memory");
 }
 __device__ __forceinline__ void wait_for_others() { __nanosleep(20); }
 
