@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from neox.gpu import ops, sampling
-from neox.gpu.device import Device
+from neox.gpu.device import Array, Device
 from neox.reference.sampling import GREEDY, Sampling, candidates
 
 PARTS = 2**64
@@ -104,7 +104,7 @@ def check_sample(
         wide = np.concatenate([wide[:1], inner, wide[-1:]])
     low, high = ends[wide] + off, ends[wide + 1] - off
     low[wide == 0], high[wide == len(ids) - 1] = 0, 1  # all numbers are somebody's
-    numbers = numbers_of(np.concatenate([low, high]))
+    numbers = numbers_of([*low.tolist(), *high.tolist()])
     texts = [1] * len(numbers)
     found = drawn(device, np.tile(logits, (len(numbers), 1)), [GREEDY, s], numbers, texts, allowed if masked else None)
     assert np.array_equal(found, np.tile(ids[wide], 2))
@@ -257,7 +257,7 @@ def check_uniform(device: Device, N: int, B: int, seed: int = 0) -> None:
     keys = rng.integers(PARTS, size=B, dtype=np.uint64)
     texts, positions = rng.integers(B, size=N).astype(np.int32), rng.permutation(2**20)[:N].astype(np.int32)
     numbers = device.empty(N, "uint64")
-    ops.uniform(*map(device.array, (keys, texts, positions)), numbers)
+    ops.uniform(device.array(keys), device.array(texts), device.array(positions), numbers)
     words = [
         philox([int(p), 0, 0, 0], divmod(int(keys[t]), 2**32)[::-1]) for t, p in zip(texts, positions, strict=True)
     ]
@@ -324,27 +324,29 @@ def test_texts_without_a_seed_differ() -> None:
     assert len(set(s.seeds.get().tolist())) == 3
 
 
+def wrong_ones(right: dict[str, Array]) -> Iterator[dict[str, Array]]:
+    """Each array in turn of another dtype, or longer."""
+    for name, array in right.items():
+        *rows, last = array.shape
+        for shape, dtype in ((array.shape, "float16"), ((*rows, last + 1), array.dtype)):
+            yield right | {name: array.device.zeros(shape, dtype)}
+
+
 def test_shapes_and_dtypes_are_checked() -> None:
     device = all_devices()[0]
-    right = {
-        "logits": ((2, 9), "float32"), "allowed": (9, "uint8"), "temperatures": (3, "float32"), "top_k": (3, "int32"),
-        "top_p": (3, "uint64"), "min_p": (3, "uint64"), "texts": (2, "int32"), "numbers": (2, "uint64"),
-        "ids": (2, "int32"),
-    }  # fmt: skip
-    arrays = {name: device.zeros(*of) for name, of in right.items()}
-    ops.sample(**arrays)
-    for name, (shape, dtype) in right.items():
-        longer = (2, 10) if name == "logits" else shape + 1  # type: ignore[operator]
-        for wrong in (device.zeros(longer, dtype), device.zeros(shape, "float16")):
-            with pytest.raises(ValueError, match="must be"):
-                ops.sample(**(arrays | {name: wrong}))
+    of_rows = {"texts": device.zeros(2, "int32"), "numbers": device.zeros(2, "uint64")}
+    of_texts = {name: device.zeros(3, "uint64") for name in ("top_p", "min_p")} | {"top_k": device.zeros(3, "int32")}
+    logits, allowed, ids = device.zeros((2, 9), "float32"), device.zeros(9, "uint8"), device.zeros(2, "int32")
+    right = {"logits": logits, "allowed": allowed, "temperatures": device.zeros(3, "float32"), "ids": ids}
+    right |= of_rows | of_texts
+    ops.sample(**right)
+    for wrong in wrong_ones(right):
+        with pytest.raises(ValueError, match="must be"):
+            ops.sample(**wrong)
     with pytest.raises(ValueError, match="could overflow"):
-        ops.sample(**(arrays | {"logits": device.zeros((2, 2**19 + 1), "float32"), "allowed": None}))
-    numbers = {name: arrays[name] for name in ("texts", "numbers")}
-    numbers |= {"seeds": device.zeros(3, "uint64"), "positions": device.zeros(2, "int32")}
+        ops.sample(**(right | {"logits": device.zeros((2, 2**19 + 1), "float32"), "allowed": None}))  # type: ignore[arg-type]
+    numbers = of_rows | {"positions": device.zeros(2, "int32"), "seeds": device.zeros(3, "uint64")}
     ops.uniform(**numbers)
-    for name, array in numbers.items():
-        for wrong in (device.zeros(4, array.dtype), device.zeros(array.shape, "float32")):
-            if name != "seeds" or wrong.dtype == np.float32:  # there may be any number of texts
-                with pytest.raises(ValueError, match="must be"):
-                    ops.uniform(**(numbers | {name: wrong}))
+    for wrong in list(wrong_ones(numbers))[:-1]:  # of the last, any length is right
+        with pytest.raises(ValueError, match="must be"):
+            ops.uniform(**wrong)

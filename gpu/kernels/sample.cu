@@ -22,7 +22,7 @@
 //
 // Grid: `sample` one block for each n, `uniform` ceil(N / blockDim.x). Block: `sample` 512 threads and 64 KB of shared
 // memory, `uniform` 1-D, of any size.
-// Bytes: 4 N V from memory; from the caches 3 times, 10 times more with top-k and 11 times more with top-p.
+// Bytes: 4 N V from memory; from the caches 3 times, 9 times more with top-k and 10 times more with top-p.
 #include "common.cuh"
 
 constexpr int THREADS = 512, PARTS = 16;  // a warp for each part
