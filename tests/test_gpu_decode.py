@@ -277,7 +277,7 @@ def ids_of(model: gpu.Model, requests: Sequence[Request]) -> list[tuple[int, ...
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_seed_gives_the_same_text_in_any_batch(dtype) -> None:
     """Texts of unequal lengths that end at different steps, and in another order, against each one alone."""
-    requests = requests_of([5, 2, 9, 4], [7, 3, 9, 12])
+    requests = requests_of([5, 2, 7, 4], [5, 2, 6, 7])
     for device in all_devices()[:2]:
         model = on_device(device, SMALL, dtype)
         alone = [ids_of(model, [request])[0] for request in requests]

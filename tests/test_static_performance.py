@@ -8,8 +8,20 @@ from pathlib import Path
 import pytest
 import static_performance
 from nvrtc import require_nvrtc
-from static_performance import BUDGET, CASES, Case, Estimate, estimate, nvdisasm, resident_blocks
+from static_performance import (
+    BUDGET,
+    CASES,
+    Case,
+    Estimate,
+    estimate,
+    loaded_bytes,
+    loops,
+    machine_code,
+    nvdisasm,
+    resident_blocks,
+)
 
+from neox.gpu import ops
 from neox.gpu.source import KERNELS, Source
 
 # What 132 multiprocessors must have on their way for 4.5 TB/s at a latency of 0.8 us is 27 KB each.
@@ -84,6 +96,14 @@ def test_weights_read_twice_and_empty_rounds_are_seen() -> None:
 )
 def test_as_many_blocks_fit_as_the_occupancy_calculator_says(registers, shared, threads, blocks) -> None:
     assert resident_blocks(registers, shared, threads) == blocks
+
+
+def test_sampling_takes_few_instructions_for_an_id() -> None:
+    """In each of its passes over the logits, eight at a time: one multiprocessor makes them all."""
+    bodies = [body for body in loops(machine_code(ops.SAMPLE, "sample")) if sum(map(loaded_bytes, body)) >= 8 * 4]
+    taken = [1 + (max(i.place for i in body) - min(i.place for i in body)) // 16 for body in bodies]
+    assert len(taken) >= 8
+    assert max(taken) / 8 <= 36
 
 
 def test_copies_are_waited_for_by_groups() -> None:
