@@ -93,7 +93,7 @@ class Steps:
         launches.step.place.positions.set(positions)
         launches.cache.pages.set(table)
         launches.run()
-        return np.array(launches.step.logits.get())
+        return launches.step.logits.get()
 
     def _make_room(self, most: int) -> None:
         self._most, self._launches = most, {}
@@ -171,4 +171,4 @@ class DeviceBackend:
         ops.embedding(device.array(rows), x, picked)  # rows of x are picked as rows of an embedding are
         logits = device.empty((len(rows), V), np.float32)
         unembed(model, picked, device.empty((len(rows), C), model.dtype), logits)
-        return np.array(logits.get())
+        return logits.get()

@@ -250,6 +250,68 @@ def test_a_wrong_batch_is_found(mutant: Mutant, monkeypatch: pytest.MonkeyPatch)
         check_kinds()
 
 
+class Lending:
+    """A backend of two texts at most, in which a text has what others have read of its first ids: multiples of four."""
+
+    def __init__(self) -> None:
+        self.inner, self.config = Watched(model()), SHORT
+        self.known: list[tuple[Cache, list[int]]] = []
+        self.lent = 0
+
+    def open(self, capacity: int, ids: Sequence[int]) -> Cache | None:
+        if len(self.inner.open_memories) == 2:
+            return None
+        self.known.append((self.inner.open(capacity, ids), []))
+        return self.known[-1][0]
+
+    def recall(self, memory: Cache, ids: Sequence[int]) -> int:
+        length, lender = max(
+            ((common(read, ids) // 4 * 4, other) for other, read in self.known), key=lambda found: found[0]
+        )
+        memory.keys[:, :, :, :length] = lender.keys[:, :, :, :length]
+        memory.values[:, :, :, :length] = lender.values[:, :, :, :length]
+        memory.length = length
+        self.read_by(memory).extend(ids[:length])
+        self.lent += length
+        return length
+
+    def close(self, memory: Cache) -> None:
+        self.inner.close(memory)
+
+    def advance(self, segments: Sequence[Segment[Cache]]) -> list[Array]:
+        for s in segments:
+            self.read_by(s.memory).extend(s.ids)
+        return self.inner.advance(segments)
+
+    def read_by(self, memory: Cache) -> list[int]:
+        return next(read for other, read in self.known if other is memory)
+
+
+def common(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def test_what_others_have_read_is_passed_over_and_a_text_waits_for_room() -> None:
+    start = draw_ids(SHORT, 1, 15, 8)[0].tolist()
+    jobs = [Job(Request((*start[:length], 5 + length), 6, ignore_eos=True)) for length in (15, 15, 9, 2, 15)]
+    jobs.append(replace(jobs[0], prompt_logprobs=0))  # needs the logits after each id
+    backend = Lending()
+    batch = Batch(backend, Limits(200, 6, 9, 8))
+    for job in jobs:
+        batch.submit(job)
+    heard: list[Event] = []
+    while batch.waiting + batch.running:
+        heard += batch.step()
+        assert batch.running <= 2
+        lent = sum(text.recalled for text in batch._texts.values())
+        assert batch.positions == sum(memory.capacity for memory in backend.inner.open_memories) - lent
+    texts = gathered((event for event in heard if isinstance(event, Piece)), len(jobs))
+    assert [text.ids for text in texts] == [alone(job.request).ids for job in jobs]
+    assert [len(event.logprobs) for event in heard if isinstance(event, Scores)] == [15]
+    assert backend.lent == 12 + 8 + 0 + 12  # the second begins when the first is read; two ids are too few
+    assert sum(map(sum, backend.inner.steps)) == sum(len(job.request.prompt) + 5 for job in jobs) - backend.lent
+
+
 def test_float32_is_as_alone_up_to_its_rounding() -> None:
     """Log-probabilities of prompts, which do not depend on what is drawn."""
     single = random_model(SHORT, seed=5)

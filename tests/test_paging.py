@@ -47,7 +47,8 @@ class Kept:
         holders = self.holders()
         for i, _ in enumerate(new):
             page, row = divmod(len(ids) + i, self.pool.size)
-            assert holders[text.pages[page]] == 1  # nothing is written where another text reads
+            assert holders[text.pages[page]] == 1  # nothing is written where another text reads,
+            assert text.pages[page] not in self.pool._names  # nor where one could come to read
             self.cells[text.pages[page]][row] = (*ids, *new[: i + 1])
         self.pool.filled(text, new)
         ids += new
