@@ -131,6 +131,7 @@ CASES: dict[Callable[..., None], tuple[str, list[tuple]]] = {
         [
             (5, 129, 9, "float16", 1),
             (33, 300, 33, "bfloat16", 5),
+            (17, 300, 17, "float16", 4),
             (64, 100, 70, "float16", 4),
             (17, 129, 17, "float16", 2, 1, 5),
         ],
