@@ -34,17 +34,18 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from neox.gpu import load
-from neox.gpu.decode import WHOLE, Cache, SamplingDecoder, Step, Ways, new_cache, new_step, prefill, run_step
+from neox.gpu.decode import WHOLE, Cache, SamplingDecoder, Step, Ways, choose, new_cache, new_step, prefill, run_step
 from neox.gpu.device import Array, Device, open_device
 from neox.gpu.load import arranged
 from neox.gpu.model import Model, rotary_arrays, unembed
 from neox.gpu.ops import TYPES
+from neox.gpu.sampling import on_device
 from neox.gpu.source import Source
 from neox.reference.checkpoint.tensors import TensorSpec, build_params, named_tensors, tensor_table
 from neox.reference.config import GPT_NEOX_20B, Config, config_to_dict
 from neox.reference.costs import cached_numbers, flops, layer_weights, output_weights
 from neox.reference.errors import InputError
-from neox.reference.sampling import GREEDY
+from neox.reference.sampling import GREEDY, Sampling
 
 SOURCE = Source(
     "benchmark.cu",
@@ -317,6 +318,32 @@ def prompt_of(config: Config, length: int) -> list[int]:
     return ids
 
 
+WAYS = {  # of choosing an id
+    "arg-max": GREEDY,
+    "sampling": Sampling(0.8, seed=1),
+    "sampling, top-k": Sampling(0.8, top_k=50, seed=1),
+    "sampling, all filters": Sampling(0.8, top_k=50, top_p=0.9, min_p=0.02, seed=1),
+}
+
+
+def choice(model: Model, plan: Plan, name: str) -> Row:
+    """An id for each text of a batch, from logits that lie there."""
+    device, batch = model.device, max(plan.batches)
+    step, samplings = new_step(model, batch, 1), [WAYS[name]] * batch
+    place(step, 0)
+    draw(step.logits, plan, "logits", deviation=3)
+    ways = on_device(samplings, device) if WAYS[name].temperature else None
+
+    def launches() -> None:
+        choose(step, None, ways)
+
+    launches()  # compiles what a capture cannot
+    graph = device.capture(launches)
+    result = measured(device, f"{name}, {batch} texts", graph.replay, plan.repeats, bytes=step.logits.nbytes)
+    require_tokens(step.ids)
+    return result
+
+
 def read_prompt(model: Model, plan: Plan, length: int) -> Row:
     cache, step = new_cache(model, 1, length), new_step(model, 1, length)
     ids = prompt_of(model.config, length)
@@ -386,6 +413,8 @@ def cases(model: Model, plan: Plan) -> Iterator[tuple[str, Callable[[], Row]]]:
         for context in plan.contexts:
             name = f"decode, batch {batch}, context {context}"
             yield name, lambda batch=batch, context=context: decode(model, plan, batch, context)  # type: ignore[misc]
+    for name in WAYS:
+        yield name, lambda name=name: choice(model, plan, name)  # type: ignore[misc]
     for length in plan.prompts:
         yield f"prompt of {length}", lambda length=length: read_prompt(model, plan, length)  # type: ignore[misc]
         yield f"first token after {length}", lambda length=length: first_token(model, plan, length)  # type: ignore[misc]
