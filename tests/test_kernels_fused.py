@@ -62,7 +62,7 @@ def check_output(
     x = rng.normal(size=(N, C)).astype(np.float32)
     stream = device.array(x if whole else np.full((N, C), np.nan, np.float32))
     a, w, b, c, v, d = (device.array(array) for array in (z, dense, dense_bias, activated, down, down_bias))
-    given = (a, w, b if biased else None, c, v, d, stream) if whole else (a, w, None, c, v, None, None)
+    given: Any = (a, w, b if biased else None, c, v, d, stream) if whole else (a, w, None, c, v, None, None)
     taken = device.zeros(1, "uint32")
     fused.fused_output(*given, stream, taken, blocks=blocks)
 
