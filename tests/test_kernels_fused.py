@@ -62,9 +62,10 @@ def check_output(
     x = rng.normal(size=(N, C)).astype(np.float32)
     stream = device.array(x if whole else np.full((N, C), np.nan, np.float32))
     a, w, b, c, v, d = (device.array(array) for array in (z, dense, dense_bias, activated, down, down_bias))
-    given: Any = (a, w, b if biased else None, c, v, d, stream) if whole else (a, w, None, c, v, None, None)
+    given = (a, w, b if biased else None, c, v, d, stream) if whole else (a, w, None, c, v, None, None)
     taken = device.zeros(1, "uint32")
-    fused.fused_output(*given, stream, taken, blocks=blocks)
+    a, w, b, c, v, d, before = given
+    fused.fused_output(a, w, b, c, v, d, before, stream, taken, blocks=blocks)
 
     factors = wide(z, dense, activated, down)
     terms = wide(*((x, down_bias, dense_bias * biased) if whole else [np.zeros(C)]))
