@@ -62,10 +62,9 @@ def check_output(
     x = rng.normal(size=(N, C)).astype(np.float32)
     stream = device.array(x if whole else np.full((N, C), np.nan, np.float32))
     a, w, b, c, v, d = (device.array(array) for array in (z, dense, dense_bias, activated, down, down_bias))
-    given = (a, w, b if biased else None, c, v, d, stream) if whole else (a, w, None, c, v, None, None)
+    ends = (b if biased else None, d, stream) if whole else (None, None, None)
     taken = device.zeros(1, "uint32")
-    a, w, b, c, v, d, before = given
-    fused.fused_output(a, w, b, c, v, d, before, stream, taken, blocks=blocks)
+    fused.fused_output(a, w, ends[0], c, v, ends[1], ends[2], stream, taken, blocks=blocks)
 
     factors = wide(z, dense, activated, down)
     terms = wide(*((x, down_bias, dense_bias * biased) if whole else [np.zeros(C)]))
