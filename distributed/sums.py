@@ -209,7 +209,7 @@ def _tried(name: str, comm: Communicator, device: Device) -> Sums:
     sums = WAYS[name](comm, device)
     right = adds_up(sums, device, comm.rank, comm.ranks)
     if not all(bool(each[0]) for each in comm.gather(np.array([right]))):
-        raise AgreedError(f"devices do not add up right by {name}")
+        raise AgreedError("known numbers came out wrong")
     return sums
 
 
@@ -221,10 +221,10 @@ def choose_sums(comm: Communicator, device: Device, wanted: str | None = None) -
         try:
             sums = _tried(name, comm, device)
         except AgreedError as error:
-            reasons.append(f"not by {name}: {error}")
+            reasons.append(f"by {name}: {error}")
             continue
         if comm.rank == 0:
-            print("; ".join([f"devices add up by {name}", *reasons]), file=sys.stderr)
+            print("; not ".join([f"devices add up by {name}", *reasons]), file=sys.stderr)
         return sums
     raise AgreedError(f"devices cannot add up {'; '.join(reasons)}")
 
