@@ -79,6 +79,7 @@ MUTANTS: list[tuple[str, str, str, Check, str]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.wrong_kernels
 @pytest.mark.parametrize(
     ("header", "right", "wrong", "check", "file"), MUTANTS, ids=[f"{m[0]}-{m[1]}" for m in MUTANTS]
 )

@@ -849,6 +849,7 @@ def altered(source: Source, mutant: Mutant | None, folder: Path) -> Source:
     return replace(source, folder=folder)
 
 
+@pytest.mark.wrong_kernels
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
 def test_mutant_is_killed(mutant: Mutant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NEOX_CACHE", str(tmp_path))

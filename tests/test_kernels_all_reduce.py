@@ -400,6 +400,7 @@ def check_under_every_schedule() -> None:
     check_all_reduce(host(), 3, 364, 3, 3, before=2**31 + 5)
 
 
+@pytest.mark.wrong_kernels
 @pytest.mark.parametrize(("right", "wrong"), MUTANTS)
 def test_a_wrong_protocol_is_noticed(right, wrong, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("NEOX_CACHE", str(tmp_path))
@@ -438,6 +439,7 @@ def test_thread_sanitizer_has_nothing_to_say() -> None:
     assert "Sanitizer" not in done.stderr
 
 
+@pytest.mark.wrong_kernels
 @pytest.mark.parametrize(
     ("file", "right", "wrong"),
     [

@@ -19,6 +19,7 @@ TEXT = README.read_text(encoding="utf-8") if README.is_file() else ""
 BY_CI = [
     'pip install -e . && python examples/generate.py --prompt "Once upon a time"',
     'pip install -e ".[test]" && pytest -n auto',
+    "pytest -n auto -m wrong_kernels",
 ]
 NEEDS_A_DOWNLOAD = [
     'python examples/generate.py --model pythia-160m --prompt "The capital of France is"',
