@@ -123,3 +123,15 @@ def test_a_device_that_is_missing_ends_all(tmp_path) -> None:
 def test_ranks_of_one_machine_take_its_cards_in_turn() -> None:
     machines = ["a", "b", "a", "a", "b"]
     assert [number_of_card(machines, rank) for rank in range(5)] == [0, 0, 1, 2, 1]
+
+
+def test_a_card_is_opened_by_its_number(monkeypatch) -> None:
+    """Two ranks of this machine; the host device has no number."""
+    loading = sys.modules["neox.distributed.load"]  # where the package holds a function of that name
+    monkeypatch.setattr(loading, "open_device", lambda name, **options: (name, options))
+
+    def opened(name: str) -> list:
+        return virtual(2, lambda comm: loading.own_device(name, comm))
+
+    assert opened("cuda") == [("cuda", {"number": 0}), ("cuda", {"number": 1})]
+    assert opened("host") == [("host", {})] * 2

@@ -14,7 +14,7 @@ from gpu_models import drawn
 
 from neox.distributed import Alone, Communicator, forward, sums, virtual
 from neox.distributed.comm import AgreedError, sum_in_rank_order
-from neox.distributed.device import device_shard
+from neox.distributed.device import device_decoder, device_shard
 from neox.distributed.sums import HostSums, choose_sums, split_way
 from neox.gpu.device import Array, HostDevice
 from neox.gpu.host.memory import SharedMemory
@@ -201,6 +201,8 @@ def test_a_sum_that_failed_on_the_device_ends_the_pass():
     shard = device_shard(drawn(CONFIG, 1, "float32"), alone, Failed(alone), HostDevice(), "float32")
     with pytest.raises(RuntimeError, match="did not come"):
         forward(shard, [[1, 2, 3]])
+    with pytest.raises(RuntimeError, match="did not come"):
+        device_decoder(shard).start([[1, 2, 3]], 5)
 
 
 # Memory of other processes.
