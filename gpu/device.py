@@ -20,6 +20,7 @@ streams of their own, on the host processes.
 from __future__ import annotations
 
 import math
+import re
 import time
 import weakref
 from abc import ABC, abstractmethod
@@ -33,10 +34,10 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from neox.gpu import cublas
+from neox.gpu import cublas, driver
 from neox.gpu.host.build import MODES, build, compiler
 from neox.gpu.host.memory import HostMemory, SharedMemory
-from neox.gpu.host.module import ORDERS, HostModule, Pointer, Program, at_once
+from neox.gpu.host.module import ORDERS, HostLaunch, HostModule, Pointer, Program, Recorded, at_once
 from neox.gpu.host.sanitize import require
 from neox.gpu.source import Source
 from neox.reference.checkpoint.load import available_memory
@@ -235,13 +236,19 @@ class Device(ABC):
         memory, address = self._attach(handle, size)
         return Array(self, memory, address, (size,), np.dtype(np.uint8))
 
-    def capture(self, function: Callable[[], None]) -> Graph:
-        """The launches that a function makes, as a graph. CaptureError if it does what cannot be captured."""
+    def capture(self, function: Callable[[], None], overlapped: bool = False) -> Graph:
+        """The launches that a function makes, as a graph. CaptureError if it does what cannot be captured.
+
+        overlapped: each kernel may begin before the one before it has ended. It waits by itself, before it touches what
+        others write (after_earlier_launches of kernels/ptx.cuh). ValueError where `can_overlap` is false.
+        """
         self._refuse("another capture")
+        if overlapped and not self.can_overlap:
+            raise ValueError("launches cannot overlap on this device")
         arrays: list[Array] = []
         self._capturing = arrays
         try:
-            with self._capture() as captured:
+            with self._capture(overlapped) as captured:
                 function()
         finally:
             self._capturing = None
@@ -279,6 +286,11 @@ class Device(ABC):
     @abstractmethod
     def shared_bytes(self) -> int:
         """Of shared memory, the most that a block can have."""
+
+    @property
+    @abstractmethod
+    def can_overlap(self) -> bool:
+        """Whether a launch in a graph can begin before the one before it has ended."""
 
     @property
     @abstractmethod
@@ -375,7 +387,7 @@ class Device(ABC):
     def _copy_positions(self, source: Array, target: Array, first: int, last: int) -> None: ...
 
     @abstractmethod
-    def _capture(self) -> Any:
+    def _capture(self, overlapped: bool) -> Any:
         """A context in which launches are noted down; gives a list that holds the result when it ends."""
 
     @abstractmethod
@@ -468,6 +480,10 @@ class HostDevice(Device):
         return LARGEST_SHARED_BYTES
 
     @property
+    def can_overlap(self) -> bool:
+        return True
+
+    @property
     def stream(self) -> int:
         raise InputError("the host device is no card")
 
@@ -514,9 +530,7 @@ class HostDevice(Device):
             [Pointer(a.memory, a.address, a.dtype) if isinstance(a, Array) else a for a in arguments]
         )
 
-        def run() -> None:
-            function.launch(grid, block, packed, shared_bytes, self.order, self.seed)
-
+        run = HostLaunch(function, _three(grid), _three(block), packed, shared_bytes, self.order, self.seed)
         if self._recording is None:
             run()
         else:
@@ -552,17 +566,16 @@ class HostDevice(Device):
         self._values(target)[:, first:last] = self._values(source)[:, first:last]
 
     @contextmanager
-    def _capture(self) -> Iterator[list[Any]]:
+    def _capture(self, overlapped: bool) -> Iterator[list[Any]]:
         launches: list[Callable[[], None]] = []
         self._recording = launches
         try:
-            yield [launches]
+            yield [Recorded(launches, overlapped)]
         finally:
             self._recording = None
 
-    def _replay(self, captured: Any) -> None:
-        for run in captured:
-            run()
+    def _replay(self, captured: Recorded) -> None:
+        captured.replay()
 
     def _synchronize(self) -> None:
         """Every launch has run when it returns."""
@@ -602,6 +615,7 @@ class CudaDevice(Device):
     _stream: Any = field(default=None, init=False)
     _branches: list[Any] = field(default_factory=list, init=False)  # streams of all but one of the programs at once
     _cublas: tuple[Any, int] | None = field(default=None, init=False)  # the library and a handle, from first use on
+    _overlapping: bool = field(default=False, init=False)  # whether the next launch may begin before the last has ended
 
     def __post_init__(self) -> None:
         self._cupy = _import_cupy()
@@ -616,6 +630,14 @@ class CudaDevice(Device):
     @property
     def shared_bytes(self) -> int:
         return int(self._cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"])
+
+    @property
+    def can_overlap(self) -> bool:
+        """Kernels of older cards, or compiled for them, do not wait."""
+        cuda = self._cupy.cuda
+        card, compiled = int(cuda.Device().compute_capability), re.search(r"\d+", self.arch or "sm_90")
+        assert compiled
+        return min(card, int(compiled[0])) >= 90 and cuda.runtime.driverGetVersion() >= driver.OLDEST
 
     @property
     def stream(self) -> int:
@@ -686,12 +708,21 @@ class CudaDevice(Device):
         passed = tuple(
             np.uint64(getattr(a, "address", 0)) if a is None or isinstance(a, Array) else a for a in arguments
         )
-        with self._stream:
-            function(grid, block, passed, shared_mem=shared_bytes)
+        if self._overlapping:
+            sizes = _three(grid), _three(block), shared_bytes
+            driver.launch_early(self._driver, function.kernel.ptr, *sizes, self._stream.ptr, passed)
+        else:
+            with self._stream:
+                function(grid, block, passed, shared_mem=shared_bytes)
+
+    @property
+    def _driver(self) -> Any:
+        return self.kept("driver", driver.open_driver)
 
     def _at_once(self, programs: Sequence[Program]) -> None:
         """One stream each. Launches are asked for in turns, since streams may share one of the card's eight queues."""
         main, count = self._stream, max(len(programs) - 1, 0)
+        overlapping, self._overlapping = self._overlapping, False
         while len(self._branches) < count:
             self._branches.append(self._cupy.cuda.Stream(non_blocking=True))
         branches, start = self._branches[:count], main.record()
@@ -704,7 +735,7 @@ class CudaDevice(Device):
                         self._stream = stream
                         launch()
         finally:  # also on an error: a capture could not end before its branches are joined
-            self._stream = main
+            self._stream, self._overlapping = main, overlapping
             for branch in branches:
                 main.wait_event(branch.record())
 
@@ -726,13 +757,15 @@ class CudaDevice(Device):
         runtime.memcpy2DAsync(to, pitches[0], start, pitches[1], *size, runtime.memcpyDeviceToDevice, self._stream.ptr)
 
     @contextmanager
-    def _capture(self) -> Iterator[list[Any]]:
+    def _capture(self, overlapped: bool) -> Iterator[list[Any]]:
         captured: list[Any] = []
         with self._stream:
             self._stream.begin_capture()
+            self._overlapping = overlapped
             try:
                 yield captured
             finally:
+                self._overlapping = False
                 captured.append(self._stream.end_capture())  # also on an error: the stream is useless until it ends
 
     def _replay(self, captured: Any) -> None:

@@ -178,6 +178,8 @@ def load(m: Machine, i: Instruction) -> None:
         return
     into = registers(i.operands[0])
     threads = np.flatnonzero(m.active)
+    if space_of(i) == "global" and "L2::256B" not in i.modifiers:
+        m.touch_others_memory(threads)
     loaded = m.load(space_of(i), threads, m.address(i.operands[1])[threads], dtype.itemsize * len(into))
     for k, register in enumerate(into):
         value = np.zeros(m.threads, dtype)
@@ -189,6 +191,8 @@ def load(m: Machine, i: Instruction) -> None:
 def store(m: Machine, i: Instruction) -> None:
     only(i, *SPACES, "v2", "v4", *SCOPES)
     threads = np.flatnonzero(m.active)
+    if space_of(i) == "global":
+        m.touch_others_memory(threads)
     parts = [m.read(register, i.kind)[threads] for register in registers(i.operands[1])]
     values = np.ascontiguousarray(np.stack(parts, axis=1)).view(np.uint8)
     m.store(space_of(i), threads, m.address(i.operands[0])[threads], values)
@@ -200,6 +204,7 @@ def atomic(m: Machine, i: Instruction) -> None:
     if "inc" not in i.modifiers:
         raise NotImplementedError(f"PTX: {i}")
     threads, addresses, limit = np.flatnonzero(m.active), m.address(i.operands[1]), m.read(i.operands[2], "u32")
+    m.touch_others_memory(threads)
     before = np.zeros(m.threads, np.uint32)
     for thread in threads:
         one, place = np.array([thread]), addresses[thread : thread + 1]
@@ -243,6 +248,12 @@ def branch(m: Machine, i: Instruction) -> None:
 
 def wait(m: Machine, i: Instruction) -> None:
     """nanosleep."""
+
+
+def depend(m: Machine, i: Instruction) -> None:
+    only(i, "wait", "launch_dependents")
+    if "wait" in i.modifiers:
+        m.wait_for_earlier_launches()
 
 
 def leave(m: Machine, _: Instruction) -> None:
@@ -330,6 +341,7 @@ OPERATIONS: dict[str, Callable[[Machine, Instruction], None]] = {
     "div": elementwise(quotient),
     "ex2": elementwise(np.exp2),
     "fma": fused_multiply_add,
+    "griddepcontrol": depend,
     "ld": load,
     "ldmatrix": load_matrix,
     "mad": elementwise(lambda a, b, c: a * b + c),

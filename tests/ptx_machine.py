@@ -4,7 +4,8 @@ It sees what the host device cannot: a wrong operand in an asm statement, or a c
 races: all threads of a block step together, those with the lowest instruction first, which brings diverged threads
 together again; where an instruction takes a whole warp or block, those wait that are there first. A register is an
 array with an entry for each thread of the block. Accesses are checked for bounds and alignment. Shared memory holds
-NaNs until it is written, and where a cp.async writes until that has been waited for.
+NaNs until it is written, and where a cp.async writes until that has been waited for. A kernel that waits for earlier
+launches may only ask for weights before it has: by loads that say that they are used once, or by copies.
 
 Denormals are kept where a card would flush them to zero, and fused multiply-adds pass through float64.
 """
@@ -85,6 +86,8 @@ class Machine:
         self.next = np.zeros(self.threads, np.int64)
         self.copies: list[Copy] = []
         self.committed = np.zeros(self.threads, np.int64)  # groups of copies
+        waits = any(i.name == "griddepcontrol" for i in program.instructions)
+        self.early = np.full(self.threads, waits)  # who has not waited for the launches before this one
 
     def run(self, operations: dict[str, Callable[[Machine, Instruction], None]]) -> None:
         while self.running.any():
@@ -124,6 +127,14 @@ class Machine:
         if self.threads % size:
             raise PtxError(f"a block of {self.threads} threads, which are no whole warps, in {instruction}")
         return threads & threads.reshape(-1, size).all(1).repeat(size)
+
+    def wait_for_earlier_launches(self) -> None:
+        self.early &= ~self.active
+
+    def touch_others_memory(self, threads: NDArray[np.int64]) -> None:
+        """PtxError if earlier launches may be writing it, or reading what is to be written."""
+        if self.early[threads].any():
+            raise PtxError(f"thread {threads[self.early[threads]][0]} has not waited for earlier launches")
 
     # Operands.
 

@@ -144,6 +144,7 @@ class Instruction:
     place: int  # bytes from the kernel's beginning
     name: str  # with its suffixes
     operands: str
+    predicated: bool = False
 
 
 def nvdisasm() -> str | None:
@@ -154,27 +155,43 @@ def nvdisasm() -> str | None:
     )
 
 
-LINE = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?);")
+LINE = re.compile(r"^\s*/\*([0-9a-f]+)\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?);")
 LABEL = re.compile(r"^(\.L\w+):")
 
 
-@cache
 def machine_code(source: Source, kernel: str) -> tuple[Instruction, ...]:
     """Of one kernel for sm_90, branches with the place they go to."""
+    return next(code for name, code in machine_codes(replace(source, kernels=(kernel,))) if name == kernel)
+
+
+FUNCTION = re.compile(r"^\s*\.text\.(\S+):")
+
+
+@cache
+def machine_codes(source: Source) -> tuple[tuple[str, tuple[Instruction, ...]], ...]:
+    """Of all kernels of a file, with their names."""
     program = nvdisasm()
     assert program
-    code, _, _ = compiled(replace(source, kernels=(kernel,)), "90")
+    code, mangled, _ = compiled(source, "90")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code + b"\0")  # CuPy takes the last byte for the end of a text
         file.flush()
         text = subprocess.run([program, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    names, lines = {value: name for name, value in mangled.items()}, text.splitlines()
+    starts = [(i, begin[1]) for i, line in enumerate(lines) if (begin := FUNCTION.match(line))]
+    ends = [i for i, _ in starts[1:]] + [len(lines)]
+    return tuple((names.get(f, f), _instructions(lines[i:end])) for (i, f), end in zip(starts, ends, strict=True))
+
+
+def _instructions(lines: list[str]) -> tuple[Instruction, ...]:
     found: list[Instruction] = []
     labels: dict[str, int] = {}
-    for line in text.splitlines():
+    for line in lines:
         if label := LABEL.match(line):
             labels[label[1]] = 16 * len(found)
         elif instruction := LINE.match(line):
-            found.append(Instruction(int(instruction[1], 16), instruction[2], instruction[3]))
+            place, predicate, name, operands = instruction.groups()
+            found.append(Instruction(int(place, 16), name, operands, predicate is not None))
     resolved = re.compile(r"`\((\.L\w+)\)")
     return tuple(
         replace(i, operands=str(labels[target[1]]))
@@ -208,9 +225,39 @@ def loops(code: tuple[Instruction, ...]) -> list[tuple[Instruction, ...]]:
     ]
 
 
+def copying_loop(code: tuple[Instruction, ...]) -> tuple[Instruction, ...]:
+    """The smallest that copies to shared memory and waits for copies, in the turns that most are: what a turn does only
+    at the end of a tile is left out. Empty if there is none."""
+
+    def takes_part(body: tuple[Instruction, ...]) -> bool:
+        names = {i.name.split(".")[0] for i in body}
+        return {"LDGSTS", "DEPBAR"} <= names
+
+    back = [(int(i.operands), i.place) for i in code if i.name.startswith("BRA") and i.operands.isdigit()]
+    bodies = [code[first // 16 : last // 16 + 1] for first, last in back if first < last]
+    return way_round(min(filter(takes_part, bodies), key=len, default=()))
+
+
+def way_round(body: tuple[Instruction, ...]) -> tuple[Instruction, ...]:
+    """From a loop's beginning to the branch back, along that way that copies most, and of those along the shortest."""
+    ways: dict[int, tuple[int, int, tuple[Instruction, ...]]] = {}
+    for instruction in reversed(body):
+        here, on = instruction.place, instruction.place + 16
+        jumps = instruction.name.startswith("BRA") and instruction.operands.isdigit()
+        stays = instruction.predicated or not instruction.name.startswith(("BRA", "EXIT"))
+        next_ones = [ways[p] for p in ([int(instruction.operands)] if jumps else []) + [on] * stays if p in ways]
+        if instruction is body[-1]:
+            next_ones = [(0, 0, ())]
+        if next_ones:
+            copied, length, rest = max(next_ones, key=lambda way: way[:2])
+            copies = loaded_bytes(instruction) * instruction.name.startswith("LDGSTS")
+            ways[here] = copied + copies, length - 1, (instruction, *rest)
+    return ways[body[0].place][2] if body else ()
+
+
 def main_loop(code: tuple[Instruction, ...]) -> tuple[Instruction, ...]:
-    """That which loads most."""
-    return max(loops(code), key=lambda body: sum(map(loaded_bytes, body)))
+    """That which copies, or loads most."""
+    return copying_loop(code) or max(loops(code), key=lambda body: sum(map(loaded_bytes, body)))
 
 
 def on_the_way(body: tuple[Instruction, ...]) -> int:
@@ -251,6 +298,7 @@ class Estimate:
     waves: float  # units of work for each place that a block can have on the card
     busy: float  # share of the multiprocessors' time, if every unit takes as long
     traffic: float  # bytes moved / fewest
+    calls: int  # of subroutines, which are not counted: a division of 64 bits is one
 
 
 def resident_blocks(registers: int, shared: int, threads: int) -> int:
@@ -276,6 +324,7 @@ def estimate(case: Case) -> Estimate:
         case.units / (PROCESSORS * resident),
         each / -(-case.units // PROCESSORS),
         case.moved / case.fewest,
+        sum(i.name.startswith("CALL") for i in body),
     )
 
 

@@ -17,6 +17,7 @@ from static_performance import (
     loaded_bytes,
     loops,
     machine_code,
+    machine_codes,
     nvdisasm,
     resident_blocks,
 )
@@ -48,7 +49,7 @@ def shortfalls(case: Case, e: Estimate) -> set[str]:
     """The bounds that a kernel breaks."""
     broken = {
         "on their way": e.in_flight < FLOOR,
-        "instructions": e.instructions > BUDGET,
+        "instructions": e.instructions > BUDGET or e.calls > 0,
         "busy": e.busy < 0.9,
         # Up to 8 rows of x every weight is read once; with 16 rows matvec reads them twice.
         "traffic": e.traffic > (2 if ", 16 x" in case.name else 1.001),
@@ -104,6 +105,61 @@ def test_sampling_takes_few_instructions_for_an_id() -> None:
     taken = [1 + (max(i.place for i in body) - min(i.place for i in body)) // 16 for body in bodies]
     assert len(taken) >= 8
     assert max(taken) / 8 <= 36
+
+
+def test_a_division_of_64_bits_for_each_slice_is_seen(tmp_path: Path) -> None:
+    text = (KERNELS / "wide.cu").read_text(encoding="utf-8")
+    for right, wrong in (("for (int at = begin; at < end", "for (long long at = begin; at < end"),):
+        assert right in text
+        text = text.replace(right, wrong)
+    (tmp_path / "wide.cu").write_text(text, encoding="utf-8")
+    case = next(case for case in CASES if case.name.startswith("wide, 32 x"))
+    assert not shortfalls(case, estimate(case))
+    slow = replace(case, source=replace(case.source, folder=tmp_path))
+    assert shortfalls(slow, estimate(slow)) == {"instructions"}
+
+
+# How much of what is streamed each kernel asks for before the launches before it have ended: instructions of a lane.
+AHEAD = {
+    **dict.fromkeys((ops.FUSED_QKV, ops.FUSED_OUTPUT), 12),  # a round of stream.cuh
+    ops.WIDE: 8,  # a slice's weights, in a loop over slices
+}
+TOUCHES = ("LD", "LDG", "LDGSTS", "ST", "STG", "ATOM", "ATOMG", "RED", "REDG")
+
+
+def asked_for_early(code: tuple[static_performance.Instruction, ...]) -> tuple[int, int]:
+    """Instructions before the wait for earlier launches: those that stream weights, and others on memory."""
+    wait = next(n for n, i in enumerate(code) if i.name.startswith("ACQBULK"))
+    touching = [i for i in code[:wait] if i.name.split(".")[0] in TOUCHES]
+    streamed = [i for i in touching if i.name.startswith("LDGSTS") or "LTC256B" in i.name]
+    return len(streamed), len(touching) - len(streamed)
+
+
+@pytest.mark.parametrize("source", ops.SOURCES, ids=lambda source: source.file)
+def test_until_earlier_launches_have_ended_only_weights_are_asked_for(source: Source) -> None:
+    """In the machine code: a compiler might ask at once for what is `const __restrict__`, and so never written."""
+    for kernel, code in machine_codes(source):
+        assert asked_for_early(code) == (AHEAD.get(source, 0), 0), kernel
+
+
+WAIT = "    after_earlier_launches();\n"
+TAKE = "    if (threadIdx.x == 0) coming[1] = take_unit(work.taken, units);\n"
+GELU = "    int f = blockIdx.x * blockDim.x + threadIdx.x;\n"
+TOO_EARLY = [  # kernels that touch something before the wait
+    ("stream.cuh", ops.FUSED_OUTPUT, "fused_output<__half, 8>", WAIT + TAKE, TAKE + WAIT),
+    ("gelu.cu", ops.GELU, "bias_gelu<__half, Gelu>", WAIT + GELU, GELU + "    if (x[f] == 1.0f) y[f] = 0;\n" + WAIT),
+    ("wide.cu", ops.WIDE, "wide<__half, 32>", "at++) fetch_weights(at);", "at++) fetch_weights(at), fetch_x(at);"),
+]
+
+
+@pytest.mark.parametrize(("file", "source", "kernel", "right", "wrong"), TOO_EARLY, ids=[c[0] for c in TOO_EARLY])
+def test_what_is_touched_too_early_is_seen(tmp_path: Path, file, source, kernel, right, wrong) -> None:
+    text = (KERNELS / source.file).read_text(encoding="utf-8")
+    (tmp_path / source.file).write_text(text, encoding="utf-8")
+    text = (KERNELS / file).read_text(encoding="utf-8")
+    assert text.count(right) == 1
+    (tmp_path / file).write_text(text.replace(right, wrong), encoding="utf-8")
+    assert asked_for_early(machine_code(replace(source, folder=tmp_path), kernel)) != (AHEAD.get(source, 0), 0)
 
 
 def test_copies_are_waited_for_by_groups() -> None:

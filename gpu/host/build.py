@@ -61,16 +61,17 @@ def compiler() -> tuple[str, str]:
 
 
 def translation_unit(text: str, kernels: tuple[str, ...]) -> str:
-    """The whole C++ file: our header, the kernels' text, two exported functions for each kernel and two for all."""
+    """The whole C++ file: our header, the kernels' text, two exported functions for each kernel and three for all."""
     entries = "".join(
-        f"{EXPORT} bool launch_{i}(const host::Launch* launch, void** arguments)"
+        f"{EXPORT} int launch_{i}(const host::Launch* launch, void** arguments)"
         f" {{ return host::launch_typed(&{name}, launch, arguments); }}\n"
         f"{EXPORT} const char* signature_{i}() {{ return host::signature(&{name}); }}\n"
         for i, name in enumerate(kernels)
     )
     failure = f"{EXPORT} const host::Failure* last_failure() {{ return &host::failure; }}\n"
     stride = f"{EXPORT} size_t stack_stride() {{ return host::Stacks::STRIDE; }}\n"
-    return f'#include "device_code.h"\nnamespace {{\n{text}\n}}\n#line 1 "entries"\n{entries}{failure}{stride}'
+    resume = f"{EXPORT} int resume() {{ return host::go_on(); }}\n"
+    return f'#include "device_code.h"\nnamespace {{\n{text}\n}}\n#line 1 "entries"\n{entries}{failure}{stride}{resume}'
 
 
 def build(text: str, kernels: tuple[str, ...], name: str, mode: str, defines: tuple[str, ...] = ()) -> Path:

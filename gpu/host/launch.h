@@ -5,6 +5,7 @@ namespace host {
 
 static void (*kernel)(void*);  // the kernel with its arguments, as one call
 static void* kernel_arguments;
+static struct { unsigned long long blocks, step, offset, next; bool in_block; } progress;  // through the grid
 // Two tokens, so that a thread that starts after another's end is not taken to be ordered after it.
 static char started, ended;
 
@@ -54,7 +55,7 @@ HOST_UNCHECKED static void start_thread(int i) {
     woken[woken_count++] = &f;
 }
 
-HOST_UNCHECKED static void run_block(unsigned long long number) {
+HOST_UNCHECKED static void begin_block(unsigned long long number) {
     unsigned x = grid_size.x, y = grid_size.y;
     block.index = {unsigned(number % x), unsigned(number / x % y), unsigned(number / x / y)};
     block.threads = block.alive = request.block[0] * request.block[1] * request.block[2];
@@ -68,20 +69,36 @@ HOST_UNCHECKED static void run_block(unsigned long long number) {
     for (int i = 0; i < block.threads; i++) start_thread(i);
     wake_all();
     release(&started);
+}
+
+// Until they have ended, or all that have not wait for the launch before this one.
+HOST_UNCHECKED static void run_threads() {
     run_another();
+    if (waits_for_launch()) return;
     acquire(&ended);
     if (!failed && block.alive) report_deadlock();
 }
 
-// Blocks in the order of the schedule; a seed gives an affine permutation of them.
+// A seed gives an affine permutation of the blocks.
+static void begin_grid() {
+    progress.blocks = 1ull * request.grid[0] * request.grid[1] * request.grid[2];
+    progress.step = next_random() % progress.blocks, progress.offset = next_random() % progress.blocks;
+    while (std::gcd(progress.step, progress.blocks) != 1) progress.step = progress.step % progress.blocks + 1;
+    progress.next = 0, progress.in_block = false;
+}
+
+static unsigned long long block_in_turn(unsigned long long i) {
+    if (request.order == FORWARD) return i;
+    if (request.order == REVERSE) return progress.blocks - 1 - i;
+    return (i * progress.step + progress.offset) % progress.blocks;
+}
+
 static void run_grid() {
-    unsigned long long blocks = 1ull * request.grid[0] * request.grid[1] * request.grid[2];
-    unsigned long long step = next_random() % blocks, offset = next_random() % blocks;
-    while (std::gcd(step, blocks) != 1) step = step % blocks + 1;
-    for (unsigned long long i = 0; i < blocks && !failed; i++) {
-        if (request.order == FORWARD) run_block(i);
-        else if (request.order == REVERSE) run_block(blocks - 1 - i);
-        else run_block((i * step + offset) % blocks);
+    for (; progress.next < progress.blocks && !failed; progress.next++) {
+        if (!progress.in_block) begin_block(block_in_turn(progress.next));
+        run_threads();
+        progress.in_block = waits_for_launch();
+        if (progress.in_block) return;
     }
 }
 
@@ -155,8 +172,26 @@ static void learn_launcher() {
 #endif
 }
 
-// Returns whether it failed; `failure` then says why.
-static bool launch(const Launch& wanted, void (*call)(void*), void* arguments) {
+enum Outcome { RAN = 0, FAILED = 1, WAITS = 2 };  // WAITS: for the launch before it, and is to be resumed then
+
+// `failure` says why, if it failed.
+static Outcome go_on() {
+    learn_launcher();
+    [[maybe_unused]] SignalHandlers handlers;
+    if (!sigsetjmp(on_failure, 1)) {
+        if (progress.in_block) end_wait_for_launch();
+        else if (dynamic_shared.reserve(request.shared_bytes)) begin_grid();
+        else fail("no memory for the shared memory of a block");
+        run_grid();
+    }
+    running = nullptr;
+#if HOST_ASAN
+    if (failed) __asan_unpoison_memory_region(request.stacks.base, request.stacks.threads * Stacks::STRIDE);
+#endif
+    return failed ? FAILED : waits_for_launch() ? WAITS : RAN;
+}
+
+static Outcome launch(const Launch& wanted, void (*call)(void*), void* arguments) {
     request = wanted;
     grid_size = {wanted.grid[0], wanted.grid[1], wanted.grid[2]};
     block_size = {wanted.block[0], wanted.block[1], wanted.block[2]};
@@ -166,26 +201,20 @@ static bool launch(const Launch& wanted, void (*call)(void*), void* arguments) {
     failure = Failure{};
     running = nullptr;
     random_state = (wanted.seed + 1) * 0x9e3779b97f4a7c15ull;
-    learn_launcher();
-    [[maybe_unused]] SignalHandlers handlers;
-    if (!sigsetjmp(on_failure, 1)) {
-        if (!dynamic_shared.reserve(wanted.shared_bytes)) fail("no memory for the shared memory of a block");
-        run_grid();
-    }
-    running = nullptr;
-#if HOST_ASAN
-    if (failed) __asan_unpoison_memory_region(wanted.stacks.base, wanted.stacks.threads * Stacks::STRIDE);
-#endif
-    return failed;
+    progress.in_block = false;
+    return go_on();
 }
 
-// The entry of a kernel: unpacks an array of pointers to its arguments, as cuLaunchKernel does.
+// The entry of a kernel: unpacks an array of pointers to its arguments, as cuLaunchKernel does. They must stay until the
+// launch has ended.
 template <class... P, size_t... I>
-static bool launch_with(void (*function)(P...), const Launch* wanted, void** arguments, std::index_sequence<I...>) {
-    auto call = [&] { function(*static_cast<std::remove_const_t<P>*>(arguments[I])...); };
-    return launch(*wanted, [](void* c) { (*static_cast<decltype(call)*>(c))(); }, &call);
+static Outcome launch_with(void (*function)(P...), const Launch* wanted, void** arguments, std::index_sequence<I...>) {
+    static void (*called)(P...);
+    called = function;
+    return launch(*wanted, [](void* a) { called(*static_cast<std::remove_const_t<P>*>(static_cast<void**>(a)[I])...); },
+                  arguments);
 }
-template <class... P> static bool launch_typed(void (*function)(P...), const Launch* wanted, void** arguments) {
+template <class... P> static Outcome launch_typed(void (*function)(P...), const Launch* wanted, void** arguments) {
     return launch_with(function, wanted, arguments, std::index_sequence_for<P...>());
 }
 

@@ -102,22 +102,23 @@ class SharedMemory:
         return None
 
 
-_stacks: dict[int, tuple[int, int]] = {}
+_stacks: dict[tuple[int, bool], tuple[int, int]] = {}
 
 
-def stacks(threads: int, stride: int) -> int:
+def stacks(threads: int, stride: int, early: bool) -> int:
     """Where stacks for so many threads begin, each above a page that may not be touched: the same for every library.
 
     Stacks of its own for each library would run into the system's limit on the number of mappings, which is 65530.
+    early: of a launch that begins before the one before it, which needs others.
     """
-    base, reserved = _stacks.get(stride, (0, 0))
+    base, reserved = _stacks.get((stride, early), (0, 0))
     if reserved < threads:
         if base:
             _libc.munmap(base, reserved * stride)
         base = _mapped(threads * stride, mmap.MAP_PRIVATE)
         for guard in range(base, base + threads * stride, stride):
             _libc.mprotect(guard, PAGE, PROT_NONE)
-        _stacks[stride] = base, threads
+        _stacks[stride, early] = base, threads
     return base
 
 

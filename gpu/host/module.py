@@ -8,8 +8,9 @@ import multiprocessing
 import subprocess
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from neox.gpu.host.memory import HostMemory, describe, stacks
 ORDERS = {"forward": 0, "reverse": 1, "seeded": 2}
 Size = tuple[int, int, int]
 
-_one_at_a_time = threading.Lock()  # all launches share the stacks, and those of one library its state
+# All launches share the stacks, and those of one library its state. A launch may make the one before it run.
+_one_at_a_time = threading.RLock()
+RAN, FAILED, WAITS = range(3)  # launch.h
 
 
 class KernelError(RuntimeError):
@@ -33,6 +36,7 @@ class Launch(ctypes.Structure):  # schedule.h
         ("block", ctypes.c_uint * 3),
         ("shared_bytes", ctypes.c_uint),
         ("order", ctypes.c_int),
+        ("early", ctypes.c_int),
         ("seed", ctypes.c_uint64),
         ("stacks", ctypes.c_void_p),
         ("threads", ctypes.c_size_t),
@@ -92,7 +96,6 @@ class HostKernel:
         self.name = name
         self.parameters = [p for p in signature().decode().split(",") if p]
         self._launch = getattr(module.library, f"launch_{index}")
-        self._launch.restype = ctypes.c_bool
 
     def pack(self, arguments: Sequence[Argument]) -> Packed:
         """TypeError if an argument is not of the very type that the kernel takes."""
@@ -115,15 +118,36 @@ class HostKernel:
         if given != wanted and not (argument is None and wanted.endswith("*")):
             raise TypeError(f"argument {i} of {self.name} is {given}, but the kernel takes {parameter}")
 
-    def launch(self, grid: Size, block: Size, packed: Packed, shared_bytes: int, order: str, seed: int) -> None:
-        """Run every block. KernelError says what went wrong."""
-        sizes, threads = ((ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(*block)), math.prod(block)
+    def launch(
+        self,
+        grid: Size,
+        block: Size,
+        packed: Packed,
+        shared_bytes: int,
+        order: str,
+        seed: int,
+        before: Callable[[], None] | None = None,
+    ) -> None:
+        """Run every block. KernelError says what went wrong.
+
+        before: runs the launch before this one, as late as a card may: when a block of this one waits for it, or at the
+        end if none does. It must be of another library.
+        """
+        sizes, threads, early = (
+            ((ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(*block)),
+            math.prod(block),
+            bool(before),
+        )
         with _one_at_a_time:
-            base = stacks(threads, self.module.library.stack_stride())
-            request = Launch(*sizes, shared_bytes, ORDERS[order], seed, base, threads)
-            failed = self._launch(ctypes.byref(request), packed.pointers)
+            base = stacks(threads, self.module.library.stack_stride(), early)
+            request = Launch(*sizes, shared_bytes, ORDERS[order], early, seed, base, threads)
+            outcome = self._launch(ctypes.byref(request), packed.pointers)
+            if before and outcome != FAILED:
+                before()
+            if outcome == WAITS:
+                outcome = self.module.library.resume()
         title = f"{self.name} <<<{grid}, {block}, {shared_bytes}>>>"
-        if failed:
+        if outcome == FAILED:
             raise KernelError(f"{title}: {self._what_failed()}")
         for memory in packed.memories:
             where = memory.trespass()
@@ -134,6 +158,56 @@ class HostKernel:
         failure = self.module.library.last_failure().contents
         where = describe(failure.address) if failure.address else ""
         return failure.text.decode() + where + self.module.source_line(failure.program_counter)
+
+
+# Several, one after another.
+
+
+@dataclass(frozen=True)
+class HostLaunch:
+    """A kernel with all that it is run with."""
+
+    kernel: HostKernel
+    grid: Size
+    block: Size
+    packed: Packed
+    shared_bytes: int
+    order: str
+    seed: int
+
+    def __call__(self, before: Callable[[], None] | None = None) -> None:
+        self.kernel.launch(self.grid, self.block, self.packed, self.shared_bytes, self.order, self.seed, before)
+
+    def can_precede(self, other: Callable[[], None]) -> bool:
+        """Whether it can begin first: a library has only one launch under way."""
+        return isinstance(other, HostLaunch) and other.kernel.module is not self.kernel.module
+
+
+@dataclass
+class Recorded:
+    """Launches to be repeated. If they overlap, the odd ones, or the even, begin before those before them."""
+
+    launches: Sequence[Callable[[], None]]
+    overlapped: bool
+    replays: int = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        for run in _in_pairs(self.launches, self.replays % 2) if self.overlapped else self.launches:
+            run()
+
+
+def _in_pairs(launches: Sequence[Callable[[], None]], first: int) -> Iterator[Callable[[], None]]:
+    """From the first on two as one, the second of which begins before the first, where it can."""
+    at = 0
+    while at < len(launches):
+        second = launches[at + 1] if first <= at < len(launches) - 1 else None
+        if isinstance(second, HostLaunch) and second.can_precede(launches[at]):
+            yield partial(second, launches[at])
+            at += 2
+        else:
+            yield launches[at]
+            at += 1
 
 
 # Several at once.

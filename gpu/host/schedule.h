@@ -7,12 +7,12 @@
 namespace host {
 
 enum Order { FORWARD = 0, REVERSE = 1, SEEDED = 2 };     // of the threads woken together, and of the blocks
-enum State : uint8_t { READY, AT_BARRIER, AT_COLLECTIVE, DONE };
+enum State : uint8_t { READY, AT_BARRIER, AT_COLLECTIVE, AT_LAUNCHES, DONE };
 enum Style { STACK = 0, ANYONE = 1, MIXED = 2 };         // how a seed picks the next thread
 
 struct Launch {  // as laid out in module.py
     unsigned grid[3], block[3], shared_bytes;
-    int order;
+    int order, early;  // early: the launch before this one has not run yet
     uint64_t seed;
     Stacks stacks;
 };
@@ -146,6 +146,29 @@ HOST_UNCHECKED static void wait_here(State state, Place place) {
     running->state = state;
     running->waits = place;
     run_another();
+}
+
+static char launch_before;
+
+// It runs when nobody here can go on.
+HOST_UNCHECKED static void wait_for_launch(Place place) {
+    if (request.early) wait_here(AT_LAUNCHES, place);
+    acquire(&launch_before);
+}
+
+static bool waits_for_launch() {
+    for (int i = 0; request.early && i < block.threads; i++)
+        if (block.fibers[i].state == AT_LAUNCHES) return true;
+    return false;
+}
+
+// The launch before this one has run.
+HOST_UNCHECKED static void end_wait_for_launch() {
+    request.early = false;
+    release(&launch_before);
+    for (int i = 0; i < block.threads; i++)
+        if (block.fibers[i].state == AT_LAUNCHES) woken[woken_count++] = &block.fibers[i];
+    wake_all();
 }
 
 // Appends to the message.

@@ -5,7 +5,10 @@
 //   positions  int  (N)
 //
 // Grid: ceil(N / blockDim.x). Block: 1-D, of any size.
+#include "ptx.cuh"
+
 extern "C" __global__ void advance(int* positions, int N) {
+    after_earlier_launches();
     int n = blockIdx.x * blockDim.x + threadIdx.x;
     if (n < N) positions[n] += 1;
 }

@@ -7,6 +7,7 @@
 // Grid: one block for each n. Block: a multiple of 32 threads; each looks at every blockDim.x-th id.
 // Bytes: N V 4.
 #include "common.cuh"
+#include "ptx.cuh"
 
 struct Best { float logit; int id; };  // id -1: none
 
@@ -25,6 +26,7 @@ __device__ __forceinline__ Best warp_best(Best best) {
 
 extern "C" __global__ void __launch_bounds__(1024)
 argmax(const float* __restrict__ logits, const unsigned char* __restrict__ allowed, int* __restrict__ ids, int V) {
+    after_earlier_launches();
     const float largest = 3.40282347e38f, infinity = __int_as_float(0x7f800000);  // NVRTC has no <cmath>
     __shared__ Best of_warp[32];
     const float* row = logits + static_cast<long long>(blockIdx.x) * V;

@@ -24,6 +24,7 @@
 // Preconditions: D is a multiple of 8, at most 768; positions[n] is in a page of the text.
 // Bytes: 2 (positions[n] + 1) H D sizeof(T) for each n, each key and value once; partial is small beside them.
 #include "attention.cuh"
+#include "ptx.cuh"
 
 constexpr int ATTENTION_THREADS = 128;
 
@@ -33,6 +34,7 @@ template <class T> constexpr int ATTENTION_BLOCKS = sizeof(T) == 2 ? 6 : 5;
 template <class T> __global__ void attention_decode_naive(const T* q, const T* keys, const T* values, const int* pages,
                                                           const int* texts, const int* positions, T* z, int N, int H,
                                                           int D, int P, int S) {
+    after_earlier_launches();
     long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= static_cast<long long>(N) * H * D) return;
     int n = i / D / H, h = i / D % H, d = i % D;
@@ -58,6 +60,7 @@ template <class T, int D> __global__ void __launch_bounds__(ATTENTION_THREADS, A
 attention_decode_split(const T* __restrict__ q, const T* __restrict__ keys, const T* __restrict__ values,
                        const int* __restrict__ pages, const int* __restrict__ texts,
                        const int* __restrict__ positions, float* __restrict__ partial, int H, int P, int S) {
+    after_earlier_launches();
     __shared__ Groups<T, D, ATTENTION_THREADS> groups;
     const int n = blockIdx.x / H, h = blockIdx.x % H;
     const int length = positions[n] + 1, part = (length + gridDim.y - 1) / gridDim.y;
@@ -69,6 +72,7 @@ attention_decode_split(const T* __restrict__ q, const T* __restrict__ keys, cons
 
 template <class T> __global__ void attention_decode_combine(const float* __restrict__ partial, T* __restrict__ z,
                                                             int splits, int D) {
+    after_earlier_launches();
     const long long index = blockIdx.x;
     combine(partial + index * splits * (D + 2), splits, D, z + index * D);
 }

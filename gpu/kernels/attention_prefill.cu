@@ -199,6 +199,7 @@ template <class T, int D> __global__ void __launch_bounds__(PREFILL_THREADS, Sha
 attention_prefill(const T* __restrict__ q, const T* __restrict__ keys, const T* __restrict__ values,
                   const int* __restrict__ pages, const int* __restrict__ tiles, T* __restrict__ z, int H, int P,
                   int S) {
+    after_earlier_launches();
     constexpr int KEYS = Shape<D>::KEYS;
     __shared__ __align__(16) T key_rows[KEYS][Shape<D>::PITCH];
     __shared__ __align__(16) T value_rows[KEYS][Shape<D>::PITCH];

@@ -13,9 +13,11 @@
 // Preconditions: of embedding, 0 <= id < V, checked before ids reach the device.
 // Bytes: N C (sizeof(T) + 4), each moved once.
 #include "common.cuh"
+#include "ptx.cuh"
 
 template <class T> __global__ void embedding(const int* __restrict__ ids, const T* __restrict__ table,
                                              float* __restrict__ x, int C) {
+    after_earlier_launches();
     const T* row = table + static_cast<long long>(ids[blockIdx.x]) * C;  // V C exceeds 2^31 in no model, N C may
     float* out = x + static_cast<long long>(blockIdx.x) * C;
     for (int c = threadIdx.x; c < C; c += blockDim.x) out[c] = to_float(row[c]);
@@ -23,6 +25,7 @@ template <class T> __global__ void embedding(const int* __restrict__ ids, const 
 
 template <class T> __global__ void embedding_share(const int* __restrict__ ids, const T* __restrict__ table,
                                                    float* __restrict__ x, int first, int V, int C) {
+    after_earlier_launches();
     const int held = ids[blockIdx.x] - first;
     const T* row = table + static_cast<long long>(held) * C;
     float* out = x + static_cast<long long>(blockIdx.x) * C;

@@ -97,7 +97,10 @@ fused_mlp(const float* __restrict__ x, const T* __restrict__ gain, const T* __re
                                  positions, partial, z,      arrived,             N * H, splits};
     const bool first = blockIdx.x < attending;
     // The groups lie where the normed rows are before or after. Between the two is a barrier of the stream or of a job.
-    if (first) attend_jobs<T, D>(attention, N * H * splits, taken + 1, normed);
+    if (first) {
+        after_earlier_launches();
+        attend_jobs<T, D>(attention, N * H * splits, taken + 1, normed);
+    }
     stream<T, ROWS>(UpWork<T, Activation>{{x, gain, shift, eps}, up, up_bias, activated, normed, taken, N, F, C,
                                           rounds_of(C)});
     if (!first) attend_jobs<T, D>(attention, N * H * splits, taken + 1, normed);

@@ -10,9 +10,11 @@
 // Preconditions: N <= 65535, the limit of grid.y.
 // Bytes: N F (4 + sizeof(T)) + F sizeof(T).
 #include "activation.cuh"
+#include "ptx.cuh"
 
 template <class T, class Activation> __global__ void bias_gelu(const float* __restrict__ x, const T* __restrict__ bias,
                                                                T* __restrict__ y, int F) {
+    after_earlier_launches();
     int f = blockIdx.x * blockDim.x + threadIdx.x;
     if (f >= F) return;
     long long i = static_cast<long long>(blockIdx.y) * F + f;

@@ -14,10 +14,12 @@
 // Grid of the last two: N blocks. Block: a multiple of 32 threads, which take every blockDim.x-th column.
 // Bytes: each row is read three times, from memory and then from the caches (24 KB in the 20B). layer_norm moves
 // N C (4 + sizeof(T)), layer_norm_pair N C (4 + 2 sizeof(T)), and C sizeof(T) for each weight and bias.
+#include "ptx.cuh"
 #include "statistics.cuh"
 
 template <class T> __global__ void layer_norm_naive(const float* x, const T* weight, const T* bias, T* y, int N, int C,
                                                     float eps) {
+    after_earlier_launches();
     int n = blockIdx.x * blockDim.x + threadIdx.x;
     if (n >= N) return;
     const float* row = x + static_cast<long long>(n) * C;
@@ -34,6 +36,7 @@ template <class T> __global__ void layer_norm_naive(const float* x, const T* wei
 template <class T> __global__ void __launch_bounds__(1024)
 layer_norm(const float* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias, T* __restrict__ y,
            int C, float eps) {
+    after_earlier_launches();
     const long long first = static_cast<long long>(blockIdx.x) * C;
     Statistics s = row_statistics(x + first, C, eps);
     for (int c = threadIdx.x; c < C; c += blockDim.x) y[first + c] = normalized(x[first + c], s, weight[c], bias[c]);
@@ -43,6 +46,7 @@ template <class T> __global__ void __launch_bounds__(1024)
 layer_norm_pair(const float* __restrict__ x, const T* __restrict__ weight1, const T* __restrict__ bias1,
                 const T* __restrict__ weight2, const T* __restrict__ bias2, T* __restrict__ y1, T* __restrict__ y2,
                 int C, float eps) {
+    after_earlier_launches();
     const long long first = static_cast<long long>(blockIdx.x) * C;
     Statistics s = row_statistics(x + first, C, eps);
     for (int c = threadIdx.x; c < C; c += blockDim.x) {

@@ -13,6 +13,7 @@
 // Grid: (ceil(O / (8 OUTPUTS)), ceil(N / ROWS)). Block: 256 threads, 8 warps.
 // Bytes: O I sizeof(T) for each ROWS rows, and x and y, which are small.
 #include "common.cuh"
+#include "ptx.cuh"
 
 constexpr int OUTPUTS = 2;
 
@@ -22,6 +23,7 @@ template <class T> __device__ __forceinline__ const T* row(const T* matrix, int 
 
 template <class T, int ROWS> __global__ void __launch_bounds__(256, 2)
 matvec(const T* __restrict__ x, const T* __restrict__ weight, float* __restrict__ y, int N, int O, int I) {
+    after_earlier_launches();
     constexpr int STEPS = (ROWS > 4 ? 8 : 16) / OUTPUTS / sizeof(T);
     int lane = threadIdx.x % 32, n = blockIdx.y * ROWS;
     int o = (blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) * OUTPUTS;

@@ -8,6 +8,14 @@
 
 #ifdef NEOX_HOST
 
+// A launch may begin before those before it have ended (programmatic dependent launch, if it was captured so): only
+// after this may it touch what others write or, by writing, what others read. That leaves it weights to ask for before.
+// The next launch may begin as soon as all blocks have come here and there is room. Every thread, in every kernel of a
+// step: a launch that did not wait for those before it would end too early for those after it.
+__device__ __forceinline__ void after_earlier_launches(HOST_WHERE) {
+    host::wait_for_launch({"after_earlier_launches", file, line});
+}
+
 // d += a b: 16x16 times 16x8, in 16 bits, accumulated in float. All 32 lanes.
 template <class T>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -71,6 +79,12 @@ __device__ __forceinline__ void store_system(unsigned long long* p, unsigned lon
 __device__ __forceinline__ void wait_for_others() { host::wait_for_others(); }  // in every turn of a loop that waits
 
 #else
+
+__device__ __forceinline__ void after_earlier_launches() {
+#if __CUDA_ARCH__ >= 900  // older cards have launches one after another
+    asm volatile("griddepcontrol.launch_dependents;\n\tgriddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(p));

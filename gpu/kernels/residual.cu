@@ -11,6 +11,7 @@
 // Preconditions: N <= 65535, the limit of grid.y.
 // Bytes: 12 N C and 16 N C.
 #include "common.cuh"
+#include "ptx.cuh"
 
 template <class T> __device__ __forceinline__ float biased(float y, const T* bias, int c) {
     return bias ? y + to_float(bias[c]) : y;
@@ -18,6 +19,7 @@ template <class T> __device__ __forceinline__ float biased(float y, const T* bia
 
 template <class T> __global__ void residual(const float* __restrict__ y, const T* __restrict__ bias,
                                             float* __restrict__ x, int C) {
+    after_earlier_launches();
     int c = blockIdx.x * blockDim.x + threadIdx.x;
     if (c >= C) return;
     long long i = static_cast<long long>(blockIdx.y) * C + c;
@@ -27,6 +29,7 @@ template <class T> __global__ void residual(const float* __restrict__ y, const T
 template <class T> __global__ void residual_pair(const float* __restrict__ m, const T* __restrict__ bias_m,
                                                  const float* __restrict__ a, const T* __restrict__ bias_a,
                                                  float* __restrict__ x, int C) {
+    after_earlier_launches();
     int c = blockIdx.x * blockDim.x + threadIdx.x;
     if (c >= C) return;
     long long i = static_cast<long long>(blockIdx.y) * C + c;

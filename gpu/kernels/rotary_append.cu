@@ -22,6 +22,7 @@
 // a page.
 // Bytes: N H D (3 * 4 + 3 sizeof(T)); bias and tables are small.
 #include "pages.cuh"
+#include "ptx.cuh"
 
 struct Rotation { const float *cos, *sin; int half; };  // of one position
 
@@ -43,6 +44,7 @@ template <class T> __global__ void rotary_append(const float* __restrict__ qkv, 
                                                  const int* __restrict__ texts, const int* __restrict__ positions,
                                                  T* __restrict__ q, T* __restrict__ keys, T* __restrict__ values,
                                                  const int* __restrict__ pages, int H, int D, int R, int P, int S) {
+    after_earlier_launches();
     const int n = blockIdx.x / H, h = blockIdx.x % H, position = positions[n];
     const Rotation rotation{cos + position * (R / 2), sin + position * (R / 2), R / 2};
     const float* x = qkv + static_cast<long long>(blockIdx.x) * 3 * D;

@@ -24,6 +24,7 @@
 // memory, `uniform` 1-D, of any size.
 // Bytes: 4 N V from memory; from the caches 3 times, 9 times more with top-k and 10 times more with top-p.
 #include "common.cuh"
+#include "ptx.cuh"
 
 constexpr int THREADS = 512, PARTS = 16;  // a warp for each part
 constexpr int AHEAD = 8;  // logits that a thread asks for before it waits for one
@@ -48,6 +49,7 @@ __device__ __forceinline__ uint64_t philox(uint64_t key, uint32_t position) {
 
 extern "C" __global__ void uniform(const uint64_t* __restrict__ seeds, const int* __restrict__ texts,
                                    const int* __restrict__ positions, uint64_t* __restrict__ numbers, int N) {
+    after_earlier_launches();
     int n = blockIdx.x * blockDim.x + threadIdx.x;
     if (n < N) numbers[n] = philox(seeds[texts[n]], positions[n]);
 }
@@ -210,6 +212,7 @@ sample(const float* __restrict__ logits, const unsigned char* __restrict__ allow
        const float* __restrict__ temperatures, const int* __restrict__ top_k, const uint64_t* __restrict__ top_p,
        const uint64_t* __restrict__ min_p, const int* __restrict__ texts, const uint64_t* __restrict__ numbers,
        int* __restrict__ ids, int V) {
+    after_earlier_launches();
     DYNAMIC_SHARED(uint64_t, bins);
     const int n = blockIdx.x, b = texts[n];
     const Row row{logits + static_cast<long long>(n) * V, allowed, V};

@@ -10,6 +10,9 @@
 // that a block that came late, or had something else to do before, leaves more to the others. A sum is added in one
 // order whichever block does it: the result is the same in every run.
 //
+// The weights of the first round are asked for before the launches before this one have ended, if it began early: blocks
+// of this one come as those of the last leave, and memory stays busy between the two.
+//
 // Products are on tensor cores: x is the left factor, 16 rows, of which the last may be missing, and the weights the
 // right one, 8 outputs. A sum over i may be taken in any order, so a lane's 16 bytes, i = 8t to 8t + 7 of a slice, are
 // taken for what the fragments want of lane t: the first four numbers for its columns in one mma, the others in the next.
@@ -93,6 +96,7 @@ template <class T, int ROWS, class Work> __device__ __forceinline__ void stream(
     const Numbers<T> beginning[TILES] = {weights_of(0, unit, 0), weights_of(0, unit, 1)};
 #pragma unroll
     for (int k = 0; k < DEPTH; k++) fetch(beginning, k);
+    after_earlier_launches();
     if (threadIdx.x == 0) coming[1] = take_unit(work.taken, units);
     work.prepare();
     __syncthreads();  // x is prepared, and the second unit known, before either is read

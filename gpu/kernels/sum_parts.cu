@@ -6,8 +6,10 @@
 // Grid: ceil(n / blockDim.x): a thread for each sum. Block: 1-D, of any size.
 // Bytes: 4 P n read, 4 n written.
 #include "common.cuh"
+#include "ptx.cuh"
 
 extern "C" __global__ void sum_parts(const float* __restrict__ parts, float* __restrict__ x, int P, int n) {
+    after_earlier_launches();
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) return;
     float sum = parts[i];

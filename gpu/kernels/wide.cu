@@ -102,17 +102,17 @@ __device__ __forceinline__ void for_each_sum(const Sums<ROWS>& sum, const Share<
 
 // How slices are shared out: block b has those from first_of(b) on, up to first_of(b + 1).
 struct Shares {
-    long long slices;  // of all tiles
+    int slices;  // of all tiles
     int blocks;
 
-    __device__ __forceinline__ long long first_of(int block) const { return slices * block / blocks; }
-    __device__ __forceinline__ int block_of(long long slice) const { return ((slice + 1) * blocks - 1) / slices; }
+    __device__ __forceinline__ int first_of(int block) const { return static_cast<long long>(slices) * block / blocks; }
+    __device__ __forceinline__ int block_of(int slice) const { return ((slice + 1ll) * blocks - 1) / slices; }
 };
 
 // The sums of a tile, of which blocks first to last have left parts: its first tile's in place 0, its last's in place 1.
 template <int ROWS>
 __device__ __forceinline__ void add_parts(const float* partial, const Shares& shares, int first, int last,
-                                          long long tile_begin, float* y, int o, int N, int O) {
+                                          int tile_begin, float* y, int o, int N, int O) {
     for (int k = threadIdx.x; k < ROWS * OUTPUTS; k += THREADS) {
         const int n = k / OUTPUTS, column = o + k % OUTPUTS;
         if (n >= N || column >= O) continue;
@@ -133,29 +133,36 @@ wide(const T* __restrict__ x, const T* __restrict__ weight, float* __restrict__ 
     Slice<T, ROWS>* ring = reinterpret_cast<Slice<T, ROWS>*>(memory);
     const Share<ROWS> share;
     const int of_a_tile = (I + SLICE - 1) / SLICE, tiles = (O + OUTPUTS - 1) / OUTPUTS;
-    const Shares shares{static_cast<long long>(of_a_tile) * tiles, static_cast<int>(gridDim.x)};
-    const long long begin = shares.first_of(blockIdx.x), end = shares.first_of(blockIdx.x + 1);
+    const Shares shares{of_a_tile * tiles, static_cast<int>(gridDim.x)};
+    const int begin = shares.first_of(blockIdx.x), end = shares.first_of(blockIdx.x + 1);
 
-    auto fetch_both = [&](long long at) {  // a group, even if it is empty: the wait below counts groups
-        if (at < end) {
-            Slice<T, ROWS>& slice = ring[(at - begin) % STAGES];
-            const int i = at % of_a_tile * SLICE;
-            fetch<ROWS>(slice.x, x, 0, N, i, I);
-            fetch<OUTPUTS>(slice.weight, weight, static_cast<int>(at / of_a_tile) * OUTPUTS, O, i, I);
-        }
-        copy_async_commit();
+    auto fetch_weights = [&](int at) {
+        const int o = at / of_a_tile * OUTPUTS, i = at % of_a_tile * SLICE;
+        fetch<OUTPUTS>(ring[(at - begin) % STAGES].weight, weight, o, O, i, I);
+    };
+    auto fetch_x = [&](int at) {
+        fetch<ROWS>(ring[(at - begin) % STAGES].x, x, 0, N, at % of_a_tile * SLICE, I);
     };
     Sums<ROWS> sum;
     clear<ROWS>(sum);
-    for (int ahead = 0; ahead < STAGES - 1; ahead++) fetch_both(begin + ahead);
-    for (long long at = begin; at < end; at++) {
+    for (int at = begin; at < min(end, begin + STAGES - 1); at++) fetch_weights(at);
+    after_earlier_launches();
+    for (int at = begin; at < begin + STAGES - 1; at++) {
+        if (at < end) fetch_x(at);
+        copy_async_commit();  // a group, even if it is empty: the wait below counts groups
+    }
+    for (int at = begin; at < end; at++) {
         copy_async_wait<STAGES - 2>();
         __syncthreads();  // every thread's copies of this slice have landed, and all are done with the slice before it
-        fetch_both(at + STAGES - 1);  // into the place of the slice before
+        if (at + STAGES - 1 < end) {  // into the place of the slice before
+            fetch_x(at + STAGES - 1);
+            fetch_weights(at + STAGES - 1);
+        }
+        copy_async_commit();
         multiply<T, ROWS>(sum, ring[(at - begin) % STAGES], share);
 
         const int tile = at / of_a_tile, o = tile * OUTPUTS;
-        const long long tile_begin = static_cast<long long>(tile) * of_a_tile, tile_end = tile_begin + of_a_tile;
+        const int tile_begin = tile * of_a_tile, tile_end = tile_begin + of_a_tile;
         if (at + 1 < tile_end && at + 1 < end) continue;
         const int first = shares.block_of(tile_begin), last = shares.block_of(tile_end - 1);
         if (first == last) {
