@@ -9,35 +9,20 @@ captured once, whichever they are.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from neox.gpu import ops
-from neox.gpu.decode import Cache, Step, new_partial, new_step, step_through_layers, through_layers
-from neox.gpu.device import Array, Graph
+from neox.gpu.decode import Cache, Launches, Step, new_pages, new_partial, new_step, step_through_layers, through_layers
+from neox.gpu.device import Array
 from neox.gpu.model import MANY, Model, new_workspace, placed, unembed
 from neox.gpu.paging import Holding, PagePool
 from neox.reference.batching import Segment, cuts
 from neox.reference.config import Config
-from neox.reference.errors import InputError
 
 PAGE = 64  # positions: as many keys as attention takes at a time
-
-
-def new_pages(model: Model, count: int, size: int) -> tuple[Array, Array]:
-    """Keys and values of all layers, 2 x (L,pages,H,S,D). InputError if the device has not enough memory."""
-    config, device = model.config, model.device
-    shape = (config.num_hidden_layers, count, config.num_attention_heads, size, config.head_dim)
-    position = 2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize  # bytes of one
-    needed, free = count * size * position, device.free_memory()
-    if needed > free:
-        raise InputError(
-            f"the keys and values of {count * size} positions take {needed / 1e9:.3g} GB, and the device has "
-            f"{free / 1e9:.3g} GB free: {free // position} would fit"
-        )
-    return device.empty(shape, model.dtype), device.empty(shape, model.dtype)
 
 
 def table_of(holdings: Sequence[Holding], width: int) -> NDArray[np.int32]:  # (B,P)
@@ -46,29 +31,6 @@ def table_of(holdings: Sequence[Holding], width: int) -> NDArray[np.int32]:  # (
     for row, holding in zip(table, holdings, strict=True):
         row[: len(holding.pages)] = holding.pages
     return table
-
-
-@dataclass
-class Launches:
-    """A step of some number of texts: the first time as it is, since a capture can compile nothing, then as a graph."""
-
-    model: Model
-    cache: Cache
-    step: Step
-    graph: Graph | None = None
-    compiled: bool = False
-
-    def run(self) -> None:
-        if not self.compiled:
-            self._launch()
-            self.compiled = True
-            return
-        self.graph = self.graph or self.model.device.capture(self._launch)
-        self.graph.replay()
-
-    def _launch(self) -> None:
-        step_through_layers(self.model, self.cache, self.step)
-        unembed(self.model, self.step.work.x, self.step.work.normed, self.step.logits)
 
 
 class Steps:
@@ -87,13 +49,13 @@ class Steps:
         if len(ids) > self._most:
             self._make_room(1 << (len(ids) - 1).bit_length())  # or each text more would have all captured again
         if len(ids) not in self._launches:
-            self._launches[len(ids)] = self._of(len(ids))
-        launches = self._launches[len(ids)]
-        launches.step.ids.set(ids)
-        launches.step.place.positions.set(positions)
-        launches.cache.pages.set(table)
-        launches.run()
-        return launches.step.logits.get()
+            self._launches[len(ids)] = self._launches_of(len(ids))
+        step = self._step.first(len(ids))
+        step.ids.set(ids)
+        step.place.positions.set(positions)
+        self._table[: len(ids)].set(table)
+        self._launches[len(ids)].run()
+        return step.logits.get()
 
     def _make_room(self, most: int) -> None:
         self._most, self._launches = most, {}
@@ -101,11 +63,17 @@ class Steps:
         self._step.place.texts.set(np.arange(most, dtype=np.int32))
         self._table = self._model.device.empty((most, self._width), np.int32)
 
-    def _of(self, count: int) -> Launches:
+    def _launches_of(self, count: int) -> Launches:
         """Of fewer texts keys are shared out among more blocks."""
         partial = new_partial(self._model, count, self._model.config.max_position_embeddings)
         cache = Cache(self._keys, self._values, self._table[:count])
-        return Launches(self._model, cache, replace(self._step.first(count), partial=partial))
+        step = replace(self._step.first(count), partial=partial)
+
+        def launch() -> None:
+            step_through_layers(self._model, cache, step)
+            unembed(self._model, step.work.x, step.work.normed, step.logits)
+
+        return Launches(self._model.device, launch)
 
 
 class DeviceBackend:
@@ -115,7 +83,7 @@ class DeviceBackend:
         """InputError if the device has not enough memory."""
         self._model = model
         self._pool = PagePool(-(-positions // size), size)
-        self._keys, self._values = new_pages(model, self._pool.count, size)
+        self._keys, self._values = new_pages(model, self._pool.count, size, f"{self._pool.count * size} positions")
         self._width = -(-model.config.max_position_embeddings // size)
         self._steps = Steps(model, self._keys, self._values, self._width)
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neox.gpu import fused, ops
-from neox.gpu.device import Array, Graph
+from neox.gpu.device import Array, Device, Graph
 from neox.gpu.model import (
     MANY,
     Keys,
@@ -58,18 +58,27 @@ class Cache:
         return self.keys[index], self.values[index], self.pages
 
 
-def new_cache(model: Model, batch: int, capacity: int) -> Cache:
-    """One page for each text, of `capacity` positions. InputError if the device has not enough memory."""
+def new_pages(model: Model, count: int, size: int, what: str) -> tuple[Array, Array]:
+    """Keys and values of all layers, 2 x (L,pages,H,S,D). InputError if the device has not enough memory.
+
+    what: they are for, in words.
+    """
     config, device = model.config, model.device
-    shape = (config.num_hidden_layers, batch, model.heads, capacity, config.head_dim)
+    shape = (config.num_hidden_layers, count, model.heads, size, config.head_dim)
     position = 2 * config.num_hidden_layers * model.heads * config.head_dim * model.dtype.itemsize  # bytes of one
-    needed, free = batch * capacity * position, device.free_memory()
+    needed, free = count * size * position, device.free_memory()
     if needed > free:
         raise InputError(
-            f"the keys and values of {batch} text(s) of {capacity} tokens take {needed / 1e9:.3g} GB, and the device "
-            f"has {free / 1e9:.3g} GB free: {free // position // batch} tokens each would fit"
+            f"the keys and values of {what} take {needed / 1e9:.3g} GB, and the device has {free / 1e9:.3g} GB free, "
+            f"enough for {free // position} positions"
         )
-    return Cache(device.empty(shape, model.dtype), device.empty(shape, model.dtype), one_page_each(device, batch))
+    return device.empty(shape, model.dtype), device.empty(shape, model.dtype)
+
+
+def new_cache(model: Model, batch: int, capacity: int) -> Cache:
+    """One page for each text, of `capacity` positions. InputError if the device has not enough memory."""
+    pages = new_pages(model, batch, capacity, f"{batch} text(s) of {capacity} tokens")
+    return Cache(*pages, one_page_each(model.device, batch))
 
 
 @dataclass(frozen=True)
@@ -162,6 +171,24 @@ def step_through_layers(model: Model, cache: Cache, step: Step) -> None:
     embed(model, step.ids, step.work)
     for i, p in enumerate(model.params.layers):
         fused_layer(p, model, cache.of_layer(i), step)
+
+
+@dataclass
+class Launches:
+    """Those of a step: the first time as they are, since a capture can compile nothing, then as a graph."""
+
+    device: Device
+    launch: Callable[[], None]
+    graph: Graph | None = None
+    compiled: bool = False
+
+    def run(self) -> None:
+        if not self.compiled:
+            self.launch()
+            self.compiled = True
+            return
+        self.graph = self.graph or self.device.capture(self.launch)
+        self.graph.replay()
 
 
 @dataclass(frozen=True)
@@ -258,8 +285,7 @@ class CachedDecoder:
         self._lengths: NDArray = np.zeros(0, np.int32)
         self._cache: Cache
         self._step: Step
-        self._graph: Graph | None = None
-        self._compiled = False
+        self._launches = Launches(model.device, self._run_step)
 
     @property
     def config(self) -> Config:
@@ -269,7 +295,7 @@ class CachedDecoder:
         model, batch = self._model, len(prompts)
         self._cache = new_cache(model, batch, capacity)
         self._step = new_step(model, batch, capacity)
-        self._graph, self._compiled = None, False
+        self._launches = Launches(model.device, self._run_step)
         last = prefill(model, self._cache, prompts, self._progress, self._ways)
         unembed(model, last, self._step.work.normed, self._step.logits)
         texts, lengths = np.arange(batch, dtype=np.int32), np.array([len(prompt) for prompt in prompts], np.int32)
@@ -288,7 +314,7 @@ class CachedDecoder:
         texts = self._step.place.texts.get()[kept]
         self._step = self._step.first(len(kept))
         self._place(texts, self._lengths[kept])
-        self._graph, self._compiled = None, False  # for fewer texts products may be other kernels
+        self._launches = Launches(self._model.device, self._run_step)  # for fewer texts products may be other kernels
 
     def go_on(self) -> None:
         """A step with the ids that the last one chose. Nothing is copied and nothing waited for."""
@@ -297,19 +323,13 @@ class CachedDecoder:
         self._lengths = self._lengths + 1
         # Of more texts, the products are no kernels of ours, and cannot be captured.
         captured = self._ways.captured and len(self._lengths) <= MANY
-        if not captured or not self._compiled:  # a capture can compile nothing: the first step runs as it is
-            self._launches()
-            self._compiled = True
-            return
-        if self._graph is None:
-            self._graph = self._model.device.capture(self._launches)
-        self._graph.replay()
+        (self._launches.run if captured else self._run_step)()
 
     def chosen(self) -> NDArray:  # (N,)
         """The id chosen to follow each text; -1 where its logits are not finite."""
         return self._step.ids.get()
 
-    def _launches(self) -> None:
+    def _run_step(self) -> None:
         run_step(self._model, self._cache, self._step, self._allowed, self._ways, self._samplings)
 
     def _place(self, texts: NDArray, lengths: NDArray) -> None:

@@ -216,7 +216,7 @@ def of(module: Any, function: str, name: str, check: str, *edits: tuple[str, str
 
 
 ADVANCED = "s.memory.length += len(s.ids)"
-ONCE = "launches.compiled or launches.{}.set({})"
+ONCE = "self._launches[len(ids)].compiled or {}.set({})"
 FIRST_IDS = "cut.start, cut.start + s.wanted"
 MUTANTS = [
     of(batching, "table_of", "the first text's pages for all", "kinds", ("= holding.pages", "= holdings[0].pages")),
@@ -233,11 +233,15 @@ MUTANTS = [
         "logits",
         "the first ids for ever",
         "kinds",
-        ("launches.step.ids.set(ids)", ONCE.format("step.ids", "ids")),
+        ("step.ids.set(ids)", ONCE.format("step.ids", "ids")),
     ),
-    of(Steps, "logits", "positions kept", "kinds", ("launches.step.place.positions.set(positions)", "pass")),
+    of(Steps, "logits", "positions kept", "kinds", ("step.place.positions.set(positions)", "pass")),
     of(
-        Steps, "logits", "pages kept", "kinds", ("launches.cache.pages.set(table)", ONCE.format("cache.pages", "table"))
+        Steps,
+        "logits",
+        "pages kept",
+        "kinds",
+        ("self._table[: len(ids)].set(table)", ONCE.format("self._table[: len(ids)]", "table")),
     ),
     of(Steps, "logits", "launches of any number", "kinds", ("not in self._launches", "!= 1 or not self._launches")),
     of(Steps, "logits", "memory for the first texts only", "kinds", ("> self._most", "> self._most == 0")),
@@ -323,6 +327,6 @@ def test_what_can_never_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend.open(1, ()) is None
     monkeypatch.setattr(type(device), "free_memory", lambda _: 9600)  # 1920 bytes a position
     with pytest.raises(
-        InputError, match=r"of 12 positions take 2.3e-05 GB, and the device has 9.6e-06 GB free: 5 would"
+        InputError, match=r"of 12 positions take 2.3e-05 GB, and the device has 9.6e-06 GB free, enough for 5 positions"
     ):
         DeviceBackend(model(device), 9, 4)

@@ -83,10 +83,10 @@ def test_a_captured_step_is_the_step_as_it_is(device, dtype, seed) -> None:
     captured, plain = CachedDecoder(model), CachedDecoder(model)
     assert np.array_equal(captured.start(texts, 12), plain.start(texts, 12))
     for id in range(6):
-        plain._compiled = False  # as before its first step: nothing is captured
+        plain._launches.compiled = False  # as before its first step: nothing is captured
         assert np.array_equal(captured.step([id, id + 1]), plain.step([id, id + 1]))
-    assert captured._graph is not None
-    assert plain._graph is None
+    assert captured._launches.graph is not None
+    assert plain._launches.graph is None
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_layer_of_few_texts_is_three_launches(dtype, parallel, rows, launches)
     decoder = CachedDecoder(on_device(device, config, dtype))
     decoder.start(texts_of(config, [2] * rows, 0), 5)
     decoder.step([1] * rows)
-    graph = device.capture(decoder._launches)
+    graph = device.capture(decoder._launches.launch)
     assert len(graph.captured) == 5 + config.num_hidden_layers * launches
 
 
@@ -158,7 +158,7 @@ def test_fewer_texts_are_captured_again_though_their_products_are_other_kernels(
     decoder.keep(range(1, len(texts)))
     for id in range(3, 6):
         logits = decoder.step([id] * FEW)
-    assert decoder._graph is not None
+    assert decoder._launches.graph is not None
     check_all(logits[:2], SMALL, [[*text, *range(6)] for text in texts[1:3]], "float16")
 
 
@@ -172,7 +172,7 @@ def test_more_texts_than_can_be_captured_go_on(monkeypatch) -> None:
         for id in range(3):
             logits = decoder.step([id] * 3)
         check_all(logits, SMALL, [[*text, 0, 1, 2] for text in texts], "float16")
-        assert decoder._graph is None
+        assert decoder._launches.graph is None
 
 
 def test_a_full_cache_is_refused() -> None:
@@ -188,7 +188,7 @@ def test_a_cache_that_does_not_fit_is_refused(monkeypatch) -> None:
     decoder = CachedDecoder(on_device(device, SMALL, "float32"))
     position = 2 * 3 * 120 * 4  # keys and values, layers, hidden_size, bytes
     monkeypatch.setattr(device, "_free_memory", lambda: 25 * position)
-    with pytest.raises(InputError, match=r"2 text\(s\) of 13 tokens .* 12 tokens each would fit"):
+    with pytest.raises(InputError, match=r"2 text\(s\) of 13 tokens .* enough for 25 positions"):
         decoder.start([[1], [2]], 13)
 
 
@@ -302,7 +302,7 @@ def test_draws_of_a_text_are_those_of_the_reference_by_its_numbers() -> None:
         assert drawn_ids[-1] == ids[np.searchsorted(np.cumsum(p), float(numbers.get()[0]) / 2**64, side="right")]
         decoder.go_on()
         logits = full.step(drawn_ids[-1:])
-    assert decoder._graph is not None
+    assert decoder._launches.graph is not None
     assert len(set(drawn_ids)) > 3
 
 
