@@ -201,7 +201,7 @@ def ways_of(shard: DeviceShard) -> Ways:
     def step(_: Model, cache: Cache, step: Step) -> None:
         step_through_layers(shard, cache, step)
 
-    return Ways(prompts, step, shard.sums.captured, lambda array: fetched(shard, array))
+    return Ways(prompts, step, shard.sums.captured, alone=False, fetch=lambda array: fetched(shard, array))
 
 
 def device_decoder(shard: DeviceShard, progress: Callable[[int], object] = lambda positions: None) -> CachedDecoder:

@@ -15,8 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neox.gpu import ops
-from neox.gpu.decode import Cache, Launches, Step, new_pages, new_partial, new_step, step_through_layers, through_layers
+from neox.gpu.decode import (
+    Cache,
+    Step,
+    new_pages,
+    new_partial,
+    new_step,
+    step_through_layers,
+    through_layers,
+    trial_of,
+)
 from neox.gpu.device import Array
+from neox.gpu.launches import Launches
 from neox.gpu.model import MANY, Model, new_workspace, placed, unembed
 from neox.gpu.paging import Holding, PagePool
 from neox.reference.batching import Segment, cuts
@@ -73,7 +83,7 @@ class Steps:
             step_through_layers(self._model, cache, step)
             unembed(self._model, step.work.x, step.work.normed, step.logits)
 
-        return Launches(self._model.device, launch)
+        return Launches(self._model.device, launch, trial_of(self._model, step))
 
 
 class DeviceBackend:

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neox.gpu import fused, ops
-from neox.gpu.device import Array, Device, Graph
+from neox.gpu.device import Array
+from neox.gpu.launches import Launches, Trial
 from neox.gpu.model import (
     MANY,
     Keys,
@@ -173,22 +174,10 @@ def step_through_layers(model: Model, cache: Cache, step: Step) -> None:
         fused_layer(p, model, cache.of_layer(i), step)
 
 
-@dataclass
-class Launches:
-    """Those of a step: the first time as they are, since a capture can compile nothing, then as a graph."""
-
-    device: Device
-    launch: Callable[[], None]
-    graph: Graph | None = None
-    compiled: bool = False
-
-    def run(self) -> None:
-        if not self.compiled:
-            self.launch()
-            self.compiled = True
-            return
-        self.graph = self.graph or self.device.capture(self.launch)
-        self.graph.replay()
+def trial_of(model: Model, step: Step) -> Trial:
+    """How launches of a step may be tried: its ids and positions go on."""
+    kind = "fused layers" if fuses(model, step.ids.shape[0]) else "layers"
+    return Trial(kind, (step.ids, step.place.positions))
 
 
 @dataclass(frozen=True)
@@ -198,6 +187,7 @@ class Ways:
     prompts: Callable[[Model, Cache, Array, Place, Workspace, Mix], None] = through_layers
     step: Callable[[Model, Cache, Step], None] = step_through_layers
     captured: bool = True  # whether a graph can hold a step
+    alone: bool = True  # whether no other device waits for it
     fetch: Callable[[Array], NDArray] = Array.get  # what a step has computed
 
 
@@ -285,7 +275,7 @@ class CachedDecoder:
         self._lengths: NDArray = np.zeros(0, np.int32)
         self._cache: Cache
         self._step: Step
-        self._launches = Launches(model.device, self._run_step)
+        self._launches: Launches
 
     @property
     def config(self) -> Config:
@@ -295,7 +285,7 @@ class CachedDecoder:
         model, batch = self._model, len(prompts)
         self._cache = new_cache(model, batch, capacity)
         self._step = new_step(model, batch, capacity)
-        self._launches = Launches(model.device, self._run_step)
+        self._launches = self._new_launches()
         last = prefill(model, self._cache, prompts, self._progress, self._ways)
         unembed(model, last, self._step.work.normed, self._step.logits)
         texts, lengths = np.arange(batch, dtype=np.int32), np.array([len(prompt) for prompt in prompts], np.int32)
@@ -314,7 +304,7 @@ class CachedDecoder:
         texts = self._step.place.texts.get()[kept]
         self._step = self._step.first(len(kept))
         self._place(texts, self._lengths[kept])
-        self._launches = Launches(self._model.device, self._run_step)  # for fewer texts products may be other kernels
+        self._launches = self._new_launches()  # for fewer texts products may be other kernels
 
     def go_on(self) -> None:
         """A step with the ids that the last one chose. Nothing is copied and nothing waited for."""
@@ -328,6 +318,10 @@ class CachedDecoder:
     def chosen(self) -> NDArray:  # (N,)
         """The id chosen to follow each text; -1 where its logits are not finite."""
         return self._step.ids.get()
+
+    def _new_launches(self) -> Launches:
+        trial = trial_of(self._model, self._step) if self._ways.alone else None
+        return Launches(self._model.device, self._run_step, trial)
 
     def _run_step(self) -> None:
         run_step(self._model, self._cache, self._step, self._allowed, self._ways, self._samplings)

@@ -146,6 +146,7 @@ class Graph:
 class Device(ABC):
     """What both devices have in common: the rules. Each supplies the methods with an underscore."""
 
+    may_overlap: bool = field(default=True, init=False)  # whether launches of a step are tried so (launches.py)
     _capturing: list[Array] | None = field(default=None, init=False)  # arrays of the graph under capture
     _noting: list[Callable[[], None]] | None = field(default=None, init=False)  # launches of one of several programs
     _modules: dict[Source, Any] = field(default_factory=dict, init=False)
@@ -469,6 +470,7 @@ class HostDevice(Device):
                 raise ValueError(f"{given!r} is none of {', '.join(known)}")
         compiler()
         require(self.mode)
+        self.may_overlap = False  # it takes as long either way: only to see what comes out
 
     @property
     def multiprocessors(self) -> int:

@@ -315,7 +315,7 @@ def test_a_step_is_captured_once_for_each_number_of_texts(dtype: str, launches: 
     assert set(graphs) == {5, 2}
     for graph in graphs.values():
         assert graph is not None
-        assert len(graph.captured) == 3 + CONFIG.num_hidden_layers * launches
+        assert len(graph.captured.launches) == 3 + CONFIG.num_hidden_layers * launches
 
 
 def test_what_can_never_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

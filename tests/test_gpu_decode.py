@@ -101,7 +101,7 @@ def test_a_layer_of_few_texts_is_three_launches(dtype, parallel, rows, launches)
     decoder.start(texts_of(config, [2] * rows, 0), 5)
     decoder.step([1] * rows)
     graph = device.capture(decoder._launches.launch)
-    assert len(graph.captured) == 5 + config.num_hidden_layers * launches
+    assert len(graph.captured.launches) == 5 + config.num_hidden_layers * launches
 
 
 @given(devices(), st.sampled_from((1, 3, 8, 9, 16)), st.sampled_from(("float16", "bfloat16")), seeds)
