@@ -34,8 +34,21 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from neox.gpu import load
-from neox.gpu.decode import WHOLE, Cache, SamplingDecoder, Step, Ways, choose, new_cache, new_step, prefill, run_step
+from neox.gpu.decode import (
+    WHOLE,
+    Cache,
+    SamplingDecoder,
+    Step,
+    Ways,
+    choose,
+    new_cache,
+    new_step,
+    prefill,
+    run_step,
+    trial_of,
+)
 from neox.gpu.device import Array, Device, open_device
+from neox.gpu.launches import captured
 from neox.gpu.load import arranged
 from neox.gpu.model import Model, rotary_arrays, unembed
 from neox.gpu.ops import TYPES
@@ -275,7 +288,11 @@ def place(step: Step, context: int) -> None:
     step.place.positions.set(np.full(batch, context, np.int32))
 
 
-def decode(model: Model, plan: Plan, batch: int, context: int, ways: Ways = WHOLE) -> Row:
+ONE_BY_ONE, OVERLAPPED = "one launch after another", "overlapped launches"
+ORDERS = (ONE_BY_ONE, OVERLAPPED)  # that a device chooses from, if it is not said
+
+
+def decode(model: Model, plan: Plan, batch: int, context: int, ways: Ways = WHOLE, order: str = "") -> Row:
     """Replays of the captured step, from this context on. The amounts are those of a whole model."""
     device = model.device
     last = context + max(plan.warm_up, plan.steps)
@@ -286,7 +303,11 @@ def decode(model: Model, plan: Plan, batch: int, context: int, ways: Ways = WHOL
 
     place(step, context)
     launches()  # compiles what a capture cannot
-    graph = device.capture(launches)
+    place(step, context)
+    if order:
+        graph = device.capture(launches, overlapped=order == OVERLAPPED)
+    else:
+        graph = captured(device, launches, trial_of(model, step) if ways.alone else None)
 
     def replays(count: int) -> None:
         for _ in range(count):
@@ -305,7 +326,8 @@ def decode(model: Model, plan: Plan, batch: int, context: int, ways: Ways = WHOL
         "flops": batch * flops(model.config, middle, middle + 1),
         "tokens": batch,
     }
-    return row(f"decode, batch {batch}, context {context}", seconds, **amounts)
+    name = f"decode, batch {batch}, context {context}"
+    return row(f"{name}, {order}" if order else name, seconds, **amounts)
 
 
 def require_tokens(ids: Array) -> None:
@@ -413,6 +435,11 @@ def cases(model: Model, plan: Plan) -> Iterator[tuple[str, Callable[[], Row]]]:
         for context in plan.contexts:
             name = f"decode, batch {batch}, context {context}"
             yield name, lambda batch=batch, context=context: decode(model, plan, batch, context)  # type: ignore[misc]
+    context = plan.contexts[0]
+    for batch in sorted({plan.batches[0], plan.batches[-1]}) if model.device.can_overlap else ():
+        for order in ORDERS:
+            name = f"decode, batch {batch}, context {context}, {order}"
+            yield name, lambda batch=batch, order=order: decode(model, plan, batch, context, order=order)  # type: ignore[misc]
     for name in WAYS:
         yield name, lambda name=name: choice(model, plan, name)  # type: ignore[misc]
     for length in plan.prompts:

@@ -249,3 +249,24 @@ template <class T> __global__ void fused(const T* a, const T* b, const T* c, T* 
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     y[i] = __hfma(a[i], b[i], c[i]);
 }
+
+// What x is before the launches before this one have ended, and after.
+extern "C" __global__ void early(const float* x, float* before, float* after) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    before[i] = x[i];
+    after_earlier_launches();
+    after[i] = x[i];
+}
+
+extern "C" __global__ void early_sum(const float* x, float* y) {
+    __shared__ float s[32];
+    s[threadIdx.x] = 1;
+    if (threadIdx.x < 16) after_earlier_launches();
+    __syncthreads();  // half of the threads come late
+    y[blockIdx.x * blockDim.x + threadIdx.x] = x[threadIdx.x] + s[31 - threadIdx.x];
+}
+
+extern "C" __global__ void early_fault(const float* x, float* y, int by) {
+    after_earlier_launches();
+    y[threadIdx.x] = x[threadIdx.x + by];  // AT early_fault
+}

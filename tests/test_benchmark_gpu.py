@@ -47,6 +47,8 @@ def test_a_dry_run_goes_through_all_of_it(tmp_path: Path, program) -> None:
     assert figures["plan"]["steps"] == plan.steps
     rows = {row["name"]: row for row in figures["ceilings"] + figures["rows"]}
     decoded = [f"decode, batch {batch}, context {context}" for batch in plan.batches for context in plan.contexts]
+    extremes = (min(plan.batches), max(plan.batches))
+    decoded += [f"decode, batch {b}, context {plan.contexts[0]}, {order}" for b in extremes for order in program.ORDERS]
     choices = [f"{way}, {max(plan.batches)} texts" for way in program.WAYS]
     prompts = [f"{what} {length}" for length in plan.prompts for what in ("prompt of", "first token after")]
     products = [f"products of {n} rows, {how}" for n in plan.product_rows for how in ("burst", "sustained")]
@@ -182,6 +184,7 @@ def test_on_a_smaller_card_the_cases_that_do_not_fit_are_named(program, monkeypa
     monkeypatch.setattr(program, "new_cache", refuses)
     plan = replace(program.DRY, batches=(3,), contexts=(5,), prompts=(), loaded_layers=1)
     report = program.run_all(all_devices()[0], plan)
-    assert report.left_out == ["decode, batch 3, context 5: too many texts"]
+    cases = ["", *(f", {order}" for order in program.ORDERS)]
+    assert report.left_out == [f"decode, batch 3, context 5{case}: too many texts" for case in cases]
     assert not any(row.name.startswith("decode") for row in report.rows)
     assert report.rows[-1].name.startswith("load")

@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_gpu_overlap import MUTANTS as OF_WAITS
 from test_host_mutants import MUTANTS as OF_THE_HOST
 from test_kernel_mutants import MUTANTS as OF_KERNELS
 from test_kernels_all_reduce import MUTANTS as OF_THE_PROTOCOL
 from test_kernels_ptx_interpreted import MUTANTS as OF_ASSEMBLY
+from test_static_performance import TOO_EARLY
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "gpu" / "README.md"
@@ -53,5 +55,5 @@ def test_every_kernel_is_in_the_table() -> None:
 
 
 def test_the_mutants_are_counted() -> None:
-    count = len(OF_KERNELS) + len(OF_THE_HOST) + len(OF_ASSEMBLY) + len(OF_THE_PROTOCOL)
+    count = sum(map(len, (OF_KERNELS, OF_THE_HOST, OF_ASSEMBLY, OF_THE_PROTOCOL, OF_WAITS, TOO_EARLY)))
     assert re.findall(r"\[(\d+) mutants\]", TEXT) == [str(count)]

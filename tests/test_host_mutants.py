@@ -59,7 +59,7 @@ MUTANTS: list[tuple[str, str, str, Check, str]] = [
     ("launch.h", "if (block.barrier.arrived) {", "if (false) {", fault("early_end"), "faulty.cu"),
     ("launch.h", "if (!failed && block.alive) report_deadlock();", "",
      tests.test_deadlock_says_who_waits_where, "faulty.cu"),
-    ("launch.h", "while (std::gcd(step, blocks) != 1)", "while (false)",
+    ("launch.h", "while (std::gcd(progress.step, progress.blocks) != 1)", "while (false)",
      partial(tests.test_each_thread_of_each_block_runs_once, order="seeded", seed=1), "faulty.cu"),
     ("warp.h", "if (mask & warp.done)", "if (false)", tests.test_mask_of_lanes_that_have_ended_is_told, "faulty.cu"),
     ("warp.h", "else if (c.mask & mask)", "else if (false)", fault("overlapping_masks"), "faulty.cu"),
