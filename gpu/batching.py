@@ -8,8 +8,8 @@ captured once, whichever they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,7 @@ from neox.gpu.decode import (
     new_pages,
     new_partial,
     new_step,
-    step_through_layers,
+    run_step,
     through_layers,
     trial_of,
 )
@@ -29,8 +29,10 @@ from neox.gpu.device import Array
 from neox.gpu.launches import Launches
 from neox.gpu.model import MANY, Model, new_workspace, placed, unembed
 from neox.gpu.paging import Holding, PagePool
-from neox.reference.batching import Segment, cuts
+from neox.gpu.sampling import Samplings, draw, new_samplings, on_device
+from neox.reference.batching import Chosen, Segment, cuts
 from neox.reference.config import Config
+from neox.reference.sampling import GREEDY, Sampling
 
 PAGE = 64  # positions: as many keys as attention takes at a time
 
@@ -43,46 +45,82 @@ def table_of(holdings: Sequence[Holding], width: int) -> NDArray[np.int32]:  # (
     return table
 
 
+@dataclass
+class Known:
+    """Device memory of which the host knows what its first rows hold, so as not to copy the same again."""
+
+    array: Array
+    values: NDArray | None = None  # None: nothing is known
+
+    def set(self, values: NDArray) -> None:
+        if self.values is None or not np.array_equal(self.values, values):
+            self.array[: len(values)].set(values)
+            self.values = values
+
+
+def fetched(rows: Array) -> NDArray:
+    """A copy in host memory; of none, nothing is copied and nothing waited for."""
+    return rows.get() if rows.size else np.empty(rows.shape, rows.dtype)
+
+
 class Steps:
     """Steps of one position of each text, over memory for as many texts as have come at once, or a few more."""
 
-    def __init__(self, model: Model, keys: Array, values: Array, width: int) -> None:
-        """width: pages of the longest text."""
+    def __init__(self, model: Model, keys: Array, values: Array, width: int, allowed: Array) -> None:
+        """width: pages of the longest text. allowed: uint8 (V), 0 for ids that must not be chosen."""
         self._model, self._width = model, width
         self._keys, self._values = keys, values
+        self._allowed = allowed
         self._most = 0  # texts that there is memory for
         self._step: Step
-        self._table: Array  # int32 (most,P)
+        self._ids: Known
+        self._positions: Known
+        self._table: Known  # int32 (most,P)
+        self._samplings: Samplings
+        self._sampled: Sequence[Sampling]  # what these are
         self._launches: dict[int, Launches] = {}  # by the number of texts
 
-    def logits(self, ids: NDArray, positions: NDArray, table: NDArray) -> NDArray:  # 2 x int32 (N), (N,P) -> (N,V)
-        if len(ids) > self._most:
-            self._make_room(1 << (len(ids) - 1).bit_length())  # or each text more would have all captured again
-        if len(ids) not in self._launches:
-            self._launches[len(ids)] = self._launches_of(len(ids))
-        step = self._step.first(len(ids))
-        step.ids.set(ids)
-        step.place.positions.set(positions)
-        self._table[: len(ids)].set(table)
-        self._launches[len(ids)].run()
-        return step.logits.get()
+    def run(
+        self, ids: NDArray, positions: NDArray, table: NDArray, samplings: Sequence[Sampling]
+    ) -> tuple[Array, NDArray]:
+        """2 x int32 (N), (N,P) -> the logits float32 (N,V), until the next step, and the ids int32 (N) chosen."""
+        count = len(ids)
+        if count > self._most:
+            self._make_room(1 << (count - 1).bit_length())  # or each text more would have all captured again
+        if count not in self._launches:
+            self._launches[count] = self._launches_of(count)
+        self._tell(ids, positions, table, samplings)
+        self._ids.values = self._positions.values = None  # in case that the step fails
+        self._launches[count].run()
+        chosen = self._step.ids[:count].get()
+        self._ids.values, self._positions.values = chosen, positions + 1
+        return self._step.logits[:count], chosen
+
+    def _tell(self, ids: NDArray, positions: NDArray, table: NDArray, samplings: Sequence[Sampling]) -> None:
+        """What is not there already. While the same texts go on, nothing is copied but a new page's number."""
+        self._ids.set(ids)
+        self._positions.set(positions)
+        self._table.set(table)
+        if samplings != self._sampled:
+            self._samplings.set(samplings)
+            self._sampled = samplings
 
     def _make_room(self, most: int) -> None:
+        device = self._model.device
         self._most, self._launches = most, {}
         self._step = new_step(self._model, most, self._model.config.max_position_embeddings)
         self._step.place.texts.set(np.arange(most, dtype=np.int32))
-        self._table = self._model.device.empty((most, self._width), np.int32)
+        self._ids, self._positions = Known(self._step.ids), Known(self._step.place.positions)
+        self._table = Known(device.empty((most, self._width), np.int32))
+        self._samplings, self._sampled = new_samplings(device, most), []
 
     def _launches_of(self, count: int) -> Launches:
         """Of fewer texts keys are shared out among more blocks."""
         partial = new_partial(self._model, count, self._model.config.max_position_embeddings)
-        cache = Cache(self._keys, self._values, self._table[:count])
+        cache = Cache(self._keys, self._values, self._table.array[:count])
         step = replace(self._step.first(count), partial=partial)
-
-        def launch() -> None:
-            step_through_layers(self._model, cache, step)
-            unembed(self._model, step.work.x, step.work.normed, step.logits)
-
+        allowed, samplings = self._allowed, self._samplings
+        launch = lambda: run_step(self._model, cache, step, allowed, samplings=samplings)  # noqa: E731
         return Launches(self._model.device, launch, trial_of(self._model, step))
 
 
@@ -95,7 +133,8 @@ class DeviceBackend:
         self._pool = PagePool(-(-positions // size), size)
         self._keys, self._values = new_pages(model, self._pool.count, size, f"{self._pool.count * size} positions")
         self._width = -(-model.config.max_position_embeddings // size)
-        self._steps = Steps(model, self._keys, self._values, self._width)
+        self._allowed = Known(model.device.empty(model.config.vocab_size, np.uint8))
+        self._steps = Steps(model, self._keys, self._values, self._width, self._allowed.array)
 
     @property
     def config(self) -> Config:
@@ -114,39 +153,65 @@ class DeviceBackend:
 
     def advance(self, segments: Sequence[Segment[Holding]]) -> list[NDArray]:
         """Logits in float32, (wanted,V) of each segment."""
+        return [logits for logits, _ in self.choose(segments, np.ones(self.config.vocab_size, bool))]
+
+    def choose(self, segments: Sequence[Segment[Holding]], allowed: NDArray) -> list[Chosen]:
+        """The same, and ids, which are drawn by numbers of the device. ValueError for a repetition penalty."""
         for s in segments:
             self._pool.reserve(s.memory, len(s.ids))
         ids = np.concatenate([np.asarray(s.ids, np.int32) for s in segments])
         positions = np.concatenate([np.arange(len(s.ids), dtype=np.int32) + s.memory.length for s in segments])
         table = table_of([s.memory for s in segments], self._width)
-        if len(ids) == len(segments) <= MANY:
-            rows = self._steps.logits(ids, positions, table)
-            logits = [rows[i : i + s.wanted] for i, s in enumerate(segments)]
-        else:
-            logits = self._together(segments, ids, positions, table)
+        self._allowed.set(allowed.astype(np.uint8))
+        one_each = len(ids) == len(segments) <= MANY
+        found = (self._one_each if one_each else self._together)(segments, ids, positions, table)
         for s in segments:
             self._pool.filled(s.memory, s.ids)
-        return logits
+        return found
+
+    def _one_each(
+        self, segments: Sequence[Segment[Holding]], ids: NDArray, positions: NDArray, table: NDArray
+    ) -> list[Chosen]:
+        samplings = [s.sampling or GREEDY for s in segments]
+        logits, chosen = self._steps.run(ids, positions, table, samplings)
+        return [
+            (fetched(logits[i : i + s.wanted]), None if s.sampling is None else int(chosen[i]))
+            for i, s in enumerate(segments)
+        ]
 
     def _together(
         self, segments: Sequence[Segment[Holding]], ids: NDArray, positions: NDArray, table: NDArray
-    ) -> list[NDArray]:
+    ) -> list[Chosen]:
         """Any numbers of positions, end to end, as prompts are read."""
         model, device, bounds = self._model, self._model.device, cuts(len(s.ids) for s in segments)
         texts = np.repeat(np.arange(len(segments), dtype=np.int32), [len(s.ids) for s in segments])
         place, mix = placed(model, texts, positions)
         work, cache = new_workspace(model, len(ids)), Cache(self._keys, self._values, device.array(table))
         through_layers(model, cache, device.array(ids), place, work, mix)
-        last = [np.arange(cut.stop - s.wanted, cut.stop) for s, cut in zip(segments, bounds, strict=True)]
-        logits = self._logits(work.x, np.concatenate(last).astype(np.int32))
-        return [logits[cut] for cut in cuts(map(len, last))]
+        wanted = [np.arange(cut.stop - s.wanted, cut.stop) for s, cut in zip(segments, bounds, strict=True)]
+        logits = fetched(self._logits(work.x, np.concatenate(wanted)))
+        ends = {cut.stop - 1: s.sampling for s, cut in zip(segments, bounds, strict=True) if s.sampling is not None}
+        chosen = self._drawn(work.x, ends, positions)
+        return [(logits[cut], chosen.get(b.stop - 1)) for cut, b in zip(cuts(map(len, wanted)), bounds, strict=True)]
 
-    def _logits(self, x: Array, rows: NDArray) -> NDArray:  # (N,C), (M) -> (M,V)
+    def _drawn(self, x: Array, ends: Mapping[int, Sampling], positions: NDArray) -> dict[int, int]:
+        """The id that follows each of these rows of x, by how it is to be chosen."""
+        if not ends:
+            return {}
+        device, count, rows = self._model.device, len(ends), np.array([*ends])
+        ids, numbers = device.empty(count, np.int32), device.empty(count, np.uint64)
+        texts, samplings = device.array(np.arange(count, dtype=np.int32)), on_device([*ends.values()], device)
+        last = device.array(positions[rows])
+        draw(self._logits(x, rows), self._allowed.array, samplings, texts, last, numbers, ids)
+        return dict(zip(ends, ids.get().tolist(), strict=True))
+
+    def _logits(self, x: Array, rows: NDArray) -> Array:  # (N,C), (M) -> (M,V)
         model, device, C, V = self._model, self._model.device, self.config.hidden_size, self.config.vocab_size
-        if not len(rows):
-            return np.empty((0, V), np.float32)
-        picked = device.empty((len(rows), C), np.float32)
-        ops.embedding(device.array(rows), x, picked)  # rows of x are picked as rows of an embedding are
         logits = device.empty((len(rows), V), np.float32)
-        unembed(model, picked, device.empty((len(rows), C), model.dtype), logits)
-        return logits.get()
+        if len(rows):
+            picked = device.empty((len(rows), C), np.float32)
+            ops.embedding(
+                device.array(rows.astype(np.int32)), x, picked
+            )  # rows are picked as those of an embedding are
+            unembed(model, picked, device.empty((len(rows), C), model.dtype), logits)
+        return logits

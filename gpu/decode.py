@@ -37,7 +37,7 @@ from neox.gpu.model import (
     placed,
     unembed,
 )
-from neox.gpu.sampling import Samplings, on_device, sample
+from neox.gpu.sampling import Samplings, draw, on_device
 from neox.reference.config import Config
 from neox.reference.errors import InputError
 from neox.reference.sampling import Sampling
@@ -195,16 +195,12 @@ WHOLE = Ways()
 
 
 def choose(step: Step, allowed: Array | None, samplings: Samplings | None) -> None:
-    """step.logits -> step.ids: the likeliest, or drawn as each text of the cache is sampled.
-
-    A number depends on the text's seed and the position of its last token: it is another at each replay of a graph.
-    """
+    """step.logits -> step.ids: the likeliest, or drawn as each text of the cache is sampled."""
     if samplings is None:
         ops.argmax(step.logits, allowed, step.ids)
-        return
-    texts, positions = step.place.texts, step.place.positions
-    ops.uniform(samplings.seeds, texts, positions, step.numbers)
-    sample(step.logits, allowed, samplings, texts, step.numbers, step.ids)
+    else:
+        place = step.place
+        draw(step.logits, allowed, samplings, place.texts, place.positions, step.numbers, step.ids)
 
 
 def run_step(

@@ -11,6 +11,8 @@ others. Everything but attention looks at single positions, so the weights are r
 looks into the cache of each text by itself. What a text becomes thus depends on the others only by the rounding of
 sums: its ids are those that it gets alone, unless two ids are as likely as each other up to rounding.
 
+Where a backend can choose ids itself, only ids come back from it, but for those texts of which logits are asked for.
+
 Memory is bounded: a text joins when the positions that it may come to have are free, in the order of submission. Where
 others have read its first ids, and a backend lets it use their memory, these are neither read nor counted again.
 
@@ -22,9 +24,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, count, pairwise
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -34,7 +36,7 @@ from neox.reference.decode import Cache, mix_over, new_cache, query_blocks
 from neox.reference.errors import InputError
 from neox.reference.generate import Continuation, Piece, Request
 from neox.reference.model import Array, Mix, Model, Tap, embed, layer, rotary_tables, unembed
-from neox.reference.sampling import best, log_softmax
+from neox.reference.sampling import Sampling, best, log_softmax, new_seed
 from neox.reference.tokenizer import Tokenizer
 
 # What computes.
@@ -53,6 +55,7 @@ class Segment(Generic[Memory]):
     memory: Memory
     ids: Sequence[int]
     wanted: int  # the logits after so many of the ids, the last ones, are of interest
+    sampling: Sampling | None = None  # how a backend that can is to choose the id that follows, if it is
 
 
 class Backend(Protocol[Memory]):
@@ -79,6 +82,28 @@ class Backend(Protocol[Memory]):
     def advance(self, segments: Sequence[Segment[Memory]]) -> list[Array]:
         """Append to each text; the logits that are wanted of each, (wanted,V)."""
         ...
+
+
+Chosen = tuple[Array, int | None]  # logits that are wanted of a text, (wanted,V), and the id that follows
+
+
+@runtime_checkable
+class Choosing(Backend[Memory], Protocol[Memory]):
+    """A backend that can choose the next ids where it computes, so that no logits need to come back from there."""
+
+    def choose(self, segments: Sequence[Segment[Memory]], allowed: Array) -> list[Chosen]:
+        """As advance, and an id for each segment that says how: -1 if its logits are not finite.
+
+        allowed: bool (V,), false for ids that must not be chosen. What a text's seed gives depends on no other text.
+        """
+        ...
+
+
+def choosable(sampling: Sampling) -> Sampling | None:
+    """How a backend may choose, by a seed that stays the text's; None if it would have to know the whole text."""
+    if sampling.repetition_penalty != 1:
+        return None
+    return replace(sampling, seed=new_seed()) if sampling.seed is None else sampling
 
 
 class ReferenceBackend:
@@ -218,6 +243,7 @@ class Text(Generic[Memory]):
     continuation: Continuation
     job: Job
     capacity: int
+    sampling: Sampling | None  # how the backend chooses, if it does
     memory: Memory | None = None  # once it has joined
     read: int = 0  # ids that the model has seen
     recalled: int = 0  # of them, by way of other texts
@@ -235,6 +261,9 @@ class Batch(Generic[Memory]):
     def __init__(self, backend: Backend[Memory], limits: Limits, tokenizer: Tokenizer | None = None) -> None:
         self.limits = limits
         self._backend = backend
+        self._choosing = backend if isinstance(backend, Choosing) else None
+        vocab_size = backend.config.vocab_size
+        self._allowed = np.ones(vocab_size, bool) if tokenizer is None else tokenizer.has_token(vocab_size)
         self._tokenizer = tokenizer
         self._numbers = count()
         self._waiting: deque[int] = deque()
@@ -268,7 +297,8 @@ class Batch(Generic[Memory]):
             )
         if len(self._texts) >= self.limits.running + self.limits.waiting:
             raise Full
-        self._texts[handle] = Text(continuation, job, capacity)
+        sampling = choosable(job.request.sampling) if self._choosing else None
+        self._texts[handle] = Text(continuation, job, capacity, sampling)
         self._waiting.append(handle)
         return handle
 
@@ -289,14 +319,19 @@ class Batch(Generic[Memory]):
             return events
         segments = [self._segment(handle, length) for handle, length in handles.items()]
         try:
-            logits = self._backend.advance(segments)
+            found = self._advance(segments)
         except BaseException:
             for handle in [*self._running]:
                 self._leave(handle)
             raise
-        for (handle, length), rows in zip(handles.items(), logits, strict=True):
-            events += self._take(handle, length, rows)
+        for (handle, length), chosen in zip(handles.items(), found, strict=True):
+            events += self._take(handle, length, *chosen)
         return events
+
+    def _advance(self, segments: Sequence[Segment[Memory]]) -> list[Chosen]:
+        if self._choosing:
+            return self._choosing.choose(segments, self._allowed)
+        return [(logits, None) for logits in self._backend.advance(segments)]
 
     def _join(self) -> list[Event]:
         """Those that have waited longest, while there is room; failures of those for which memory is lacking."""
@@ -344,11 +379,14 @@ class Batch(Generic[Memory]):
         assert text.memory is not None
         reading = text.read < len(text.job.request.prompt)
         every = reading and text.job.prompt_logprobs is not None
-        wanted = length if every else int(length == text.unread)
-        return Segment(text.memory, text.continuation.ids[text.read : text.read + length], wanted)
+        sampling, request = text.sampling, text.job.request
+        last = length == text.unread  # an id is to follow
+        wanted = length if every else int(last and (sampling is None or request.logprobs is not None))
+        ids = text.continuation.ids[text.read : text.read + length]
+        return Segment(text.memory, ids, wanted, sampling if last else None)
 
-    def _take(self, handle: int, length: int, logits: Array) -> list[Event]:  # (wanted,V)
-        """What becomes of the logits after the ids that a text was extended by."""
+    def _take(self, handle: int, length: int, logits: Array, chosen: int | None) -> list[Event]:  # (wanted,V)
+        """What becomes of the logits after the ids that a text was extended by, or of the id that was chosen."""
         text = self._texts[handle]
         reading = text.read < len(text.job.request.prompt)
         text.read += length
@@ -357,7 +395,7 @@ class Batch(Generic[Memory]):
                 self._score(text, length, logits, text.job.prompt_logprobs)
             if text.unread:
                 return []
-            piece = text.continuation.take(logits[-1])
+            piece = self._grow(text, logits[-1] if len(logits) else None, chosen)
         except InputError as error:  # its numbers are not finite: no concern of the other texts
             self._leave(handle)
             return [Failure(handle, error)]
@@ -366,6 +404,12 @@ class Batch(Generic[Memory]):
         if reading and text.job.prompt_logprobs is not None:
             return [Scores(handle, tuple(text.logprobs), tuple(text.top)), piece]
         return [piece]
+
+    def _grow(self, text: Text[Memory], logits: Array | None, chosen: int | None) -> Piece:
+        if chosen is not None:
+            return text.continuation.append(chosen, logits)
+        assert logits is not None
+        return text.continuation.take(logits)
 
     def _score(self, text: Text[Memory], length: int, logits: Array, count: int) -> None:
         """Keep what the logits say of the ids that follow in the prompt."""

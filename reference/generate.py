@@ -24,7 +24,7 @@ from neox.reference.decode import Cache, extend, keep_rows, new_cache
 from neox.reference.errors import InputError
 from neox.reference.model import Array, Model, checked
 from neox.reference.prefill import prefill
-from neox.reference.sampling import GREEDY, Sampling, best, log_softmax, sample
+from neox.reference.sampling import GREEDY, Sampling, best, log_softmax, not_finite, sample
 from neox.reference.tokenizer import END_OF_TEXT, Tokenizer, Utf8Stream
 
 # What decodes.
@@ -199,7 +199,15 @@ class Continuation:
 
     def take(self, logits: Array) -> Piece:  # (V,)
         """Choose the next id from the logits after the last one."""
-        chosen = sample(logits, self.request.sampling, self._generator, self.ids, self._allowed)
+        return self.append(sample(logits, self.request.sampling, self._generator, self.ids, self._allowed), logits)
+
+    def append(self, chosen: int, logits: Array | None) -> Piece:  # (V,)
+        """Go on with an id that was chosen elsewhere, -1 where the logits were not finite: then, an InputError.
+
+        The logits are needed if log-probabilities are asked for.
+        """
+        if chosen < 0:
+            raise not_finite()
         self.ids.append(chosen)
         text = self._grow(chosen)
         return Piece(self._index, chosen, text, self.finish_reason, *self._logprobs(logits, chosen))
@@ -222,9 +230,10 @@ class Continuation:
         text = self._stops.feed(self._utf8.flush())
         return text + self._stops.flush()
 
-    def _logprobs(self, logits: Array, chosen: int) -> tuple[float | None, tuple[tuple[int, float], ...]]:
+    def _logprobs(self, logits: Array | None, chosen: int) -> tuple[float | None, tuple[tuple[int, float], ...]]:
         if self.request.logprobs is None:
             return None, ()
+        assert logits is not None
         logprobs = log_softmax(logits)
         top = best(logprobs, self.request.logprobs)
         return float(logprobs[chosen]), tuple((int(i), float(logprobs[i])) for i in top)

@@ -110,11 +110,16 @@ def min_p(p: Floats, fraction: float) -> Ids:
 # From logits to an id.
 
 
+def not_finite() -> InputError:
+    """A model whose numbers overflow has nothing to say."""
+    return InputError("the model's logits are not finite: its weights are damaged, or of another architecture")
+
+
 def checked_logits(logits: ArrayLike) -> Floats:  # (V,)
-    """The row in float64, or an InputError: a model whose numbers overflow has nothing to say."""
+    """The row in float64. InputError if it is not finite."""
     row = np.asarray(logits, np.float64)
     if not np.isfinite(row).all():
-        raise InputError("the model's logits are not finite: its weights are damaged, or of another architecture")
+        raise not_finite()
     return row
 
 
