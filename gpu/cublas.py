@@ -48,8 +48,8 @@ def open_handle(cublas: Any) -> int:
     return handle
 
 
-def multiply(cublas: Any, handle: int, x: Matrix, weight: Matrix, out: Matrix) -> None:
-    """(N,I), (O,I) -> (N,O), on CuPy's current stream.
+def multiply(cublas: Any, handle: int, x: Matrix, weight: Matrix, out: Matrix, add: bool = False) -> None:
+    """(N,I), (O,I) -> (N,O), or that added to it, on CuPy's current stream.
 
     cuBLAS counts by columns: to it our rows are columns, and it is asked for out^T = weight x^T, (O,I) (I,N) -> (O,N).
     """
@@ -58,6 +58,6 @@ def multiply(cublas: Any, handle: int, x: Matrix, weight: Matrix, out: Matrix) -
         *(handle, TRANSPOSED, NONE, outputs, N, inputs, ONE.ctypes.data),
         *(weight.address, TYPES[weight.dtype], inputs),
         *(x.address, TYPES[x.dtype], inputs),
-        *(ZERO.ctypes.data, out.address, TYPES[out.dtype], outputs),
+        *((ONE if add else ZERO).ctypes.data, out.address, TYPES[out.dtype], outputs),
         *(COMPUTE_32F, DEFAULT_ALGORITHM),
     )

@@ -195,15 +195,18 @@ class Device(ABC):
         if self._capturing is not None:
             self._capturing += [a for a in arguments if isinstance(a, Array)]
 
-    def matmul(self, x: Array, weight: Array, out: Array) -> None:
-        """x weight^T by a library, cuBLAS or NumPy's BLAS: (N,I), (O,I) of one dtype -> float32 (N,O).
+    def matmul(self, x: Array, weight: Array, out: Array, bias: Array | None = None, *, add: bool = False) -> None:
+        """x weight^T + bias by a library, cuBLAS or NumPy's BLAS: (N,I), (O,I) of one dtype -> float32 (N,O).
 
-        Sums are float32 whatever the dtype. ValueError if shapes or dtypes do not fit, InputError if CuPy does not find
-        cuBLAS, CaptureError during capture: CuPy lets no call of cuBLAS into a graph.
+        bias: float32 (O) or None. add: to what is in out. Sums are float32 whatever the dtype.
+        ValueError if shapes or dtypes do not fit, InputError if CuPy does not find cuBLAS, CaptureError during capture:
+        CuPy lets no call of cuBLAS into a graph.
         """
         self._refuse("product by a library")
-        product_sizes(x, weight, out)
-        self._matmul(x, weight, out)
+        _, outputs, _ = product_sizes(x, weight, out)
+        if bias is not None:
+            expect("bias", bias, (outputs,), np.float32)
+        self._matmul(x, weight, out, bias, add)
 
     def copy_positions(self, source: Array, target: Array, first: int, last: int) -> None:
         """target[:, first:last] = source[:, first:last], of keys or values (H,S,D) of texts of any capacity S.
@@ -382,7 +385,7 @@ class Device(ABC):
     def _at_once(self, programs: Sequence[Program]) -> None: ...
 
     @abstractmethod
-    def _matmul(self, x: Array, weight: Array, out: Array) -> None: ...
+    def _matmul(self, x: Array, weight: Array, out: Array, bias: Array | None, add: bool) -> None: ...
 
     @abstractmethod
     def _copy_positions(self, source: Array, target: Array, first: int, last: int) -> None: ...
@@ -429,6 +432,11 @@ def product_sizes(x: Array, weight: Array, out: Array) -> tuple[int, int, int]:
     expect("weight", weight, (outputs, inputs), x.dtype)
     expect("out", out, (N, outputs), np.float32)
     return N, outputs, inputs
+
+
+def _matrix(array: Array) -> cublas.Matrix:
+    rows, columns = array.shape
+    return cublas.Matrix(array.address, (rows, columns), array.dtype.name)
 
 
 def _three(size: Size) -> tuple[int, int, int]:
@@ -560,9 +568,12 @@ class HostDevice(Device):
     def _values(self, array: Array) -> NDArray:
         return self._bytes(array).view(array.dtype).reshape(array.shape)
 
-    def _matmul(self, x: Array, weight: Array, out: Array) -> None:
+    def _matmul(self, x: Array, weight: Array, out: Array, bias: Array | None, add: bool) -> None:
         wide_x, wide_weight = (self._values(a).astype(np.float32, copy=False) for a in (x, weight))
-        np.matmul(wide_x, wide_weight.T, out=self._values(out))
+        sums = wide_x @ wide_weight.T
+        if bias is not None:
+            sums += self._values(bias)
+        self._values(out)[...] = self._values(out) + sums if add else sums
 
     def _copy_positions(self, source: Array, target: Array, first: int, last: int) -> None:
         self._values(target)[:, first:last] = self._values(source)[:, first:last]
@@ -741,13 +752,18 @@ class CudaDevice(Device):
             for branch in branches:
                 main.wait_event(branch.record())
 
-    def _matmul(self, x: Array, weight: Array, out: Array) -> None:
+    def _matmul(self, x: Array, weight: Array, out: Array, bias: Array | None, add: bool) -> None:
         if self._cublas is None:
             library = cublas.import_cublas()
             self._cublas = library, cublas.open_handle(library)
-        matrices = (cublas.Matrix(a.address, (a.shape[0], a.shape[1]), a.dtype.name) for a in (x, weight, out))
         with self._stream:
-            cublas.multiply(*self._cublas, *matrices)
+            cublas.multiply(*self._cublas, _matrix(x), _matrix(weight), _matrix(out), add)
+        if bias is not None:  # a column of ones times the bias is a product too: no kernel is needed for it
+            self._matmul(self._ones(x.shape[0]), bias.reshape(bias.size, 1), out, None, True)
+
+    def _ones(self, count: int) -> Array:  # float32 (N,1)
+        size = 1 << (count - 1).bit_length()
+        return self.kept(f"ones {size}", lambda: self.array(np.ones((size, 1), np.float32)))[:count]
 
     def _copy_positions(self, source: Array, target: Array, first: int, last: int) -> None:
         runtime = self._cupy.cuda.runtime

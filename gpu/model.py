@@ -4,7 +4,8 @@ What differs from there:
   - Functions write to arrays that exist, those of a `Workspace`: a step of decoding must not allocate.
   - Texts do not stand in a rectangle. There are N positions, each of a text of the cache and somewhere in it (`Place`):
     texts of any lengths go through the model together, and nothing is computed for padding.
-  - A product leaves its sums in float32, without the bias: whichever kernel reads them next adds it.
+  - A product leaves its sums in float32, without the bias: whichever kernel reads them next adds it. Of more than MANY
+    rows, what the branches compute is added to the residual stream by the product itself, its bias with it.
 
 This is the readable form, and that of prompts. A step of few texts takes three launches a layer (decode.py, fused.py).
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -34,6 +36,11 @@ from neox.reference.model import checked, rotary_tables
 class Linear:
     weight: Array  # (O,I)
     bias: Array | None  # (O,)
+
+    @cached_property
+    def wide_bias(self) -> Array | None:
+        """float32, as what is added to the residual stream. Not during capture, the first time."""
+        return None if self.bias is None else self.bias.device.array(self.bias.get().astype(np.float32))
 
 
 @dataclass(frozen=True)
@@ -129,10 +136,10 @@ class Workspace:
     qkv: Array  # float32 (N,3HD)
     q: Array  # (N,HD)
     z: Array  # (N,HD)
-    attention: Array  # float32 (N,C)
+    attention: Array  # float32 (N,C), of up to MANY positions
     hidden: Array  # float32 (N,F)
     activated: Array  # (N,F)
-    mlp: Array  # float32 (N,C)
+    mlp: Array  # float32 (N,C), likewise
 
     def first(self, count: int) -> Workspace:
         """The same memory for fewer positions."""
@@ -180,6 +187,18 @@ def linear(x: Array, p: Linear, out: Array) -> None:  # (N,I) -> float32 (N,O)
         ops.gemm(x, p.weight, out)
 
 
+def add_linear(x: Array, p: Linear, sums: Array, residual: Array) -> None:  # (N,I) -> float32 (N,O)
+    """residual += x W^T + bias. sums: float32 (N,O), where products of up to MANY rows are left on the way.
+
+    Of more, each product adds its own bias in passing: that reads O numbers, where a kernel would read and write N O.
+    """
+    if x.shape[0] > MANY:
+        x.device.matmul(x, p.weight, residual, p.wide_bias, add=True)
+    else:
+        linear(x, p, sums)
+        ops.residual(sums, p.bias, x.dtype, residual)
+
+
 def layer_norm(x: Array, p: LayerNorm, eps: float, out: Array) -> None:  # float32 (N,C) -> (N,C)
     ops.layer_norm(x, p.weight, p.bias, eps, out)
 
@@ -191,23 +210,33 @@ Mix = Callable[
 ]  # q, keys and values -> z (N,C): attention over the cache, as decode.py has it
 
 
-def attention(p: Attention, work: Workspace, place: Place, rotary: Rotary, cache: Keys, mix: Mix) -> None:
-    """work.normed -> work.attention, without its bias; keys and values are appended to the cache."""
+def heads(p: Attention, work: Workspace, place: Place, rotary: Rotary, cache: Keys, mix: Mix) -> None:
+    """work.normed -> work.z; keys and values are appended to the cache."""
     linear(work.normed, p.query_key_value, work.qkv)
     bias = p.query_key_value.bias
     ops.rotary_append(work.qkv, bias, *rotary, place.texts, place.positions, work.q, *cache)
     mix(work.q, cache, work.z)
+
+
+def attention(p: Attention, work: Workspace, place: Place, rotary: Rotary, cache: Keys, mix: Mix) -> None:
+    """work.normed -> work.attention, without its bias; keys and values are appended to the cache."""
+    heads(p, work, place, rotary, cache, mix)
     linear(work.z, p.dense, work.attention)
 
 
 # The model.
 
 
-def mlp(p: MLP, hidden_act: str, work: Workspace) -> None:
-    """work.normed_mlp -> work.mlp, without its bias."""
+def neurons(p: MLP, hidden_act: str, work: Workspace) -> None:
+    """work.normed_mlp -> work.activated."""
     linear(work.normed_mlp, p.dense_h_to_4h, work.hidden)
     assert p.dense_h_to_4h.bias is not None
     ops.bias_gelu(work.hidden, p.dense_h_to_4h.bias, hidden_act, work.activated)
+
+
+def mlp(p: MLP, hidden_act: str, work: Workspace) -> None:
+    """work.normed_mlp -> work.mlp, without its bias."""
+    neurons(p, hidden_act, work)
     linear(work.activated, p.dense_4h_to_h, work.mlp)
 
 
@@ -223,20 +252,31 @@ def _parallel_layer(p: Layer, model: Model, work: Workspace, place: Place, cache
     config, first, second = model.config, p.input_layernorm, p.post_attention_layernorm
     norms = (first.weight, first.bias, second.weight, second.bias)
     ops.layer_norm_pair(work.x, *norms, config.layer_norm_eps, work.normed, work.normed_mlp)
-    attention(p.attention, work, place, (model.cos, model.sin), cache, mix)
-    mlp(p.mlp, config.hidden_act, work)
-    biases = p.mlp.dense_4h_to_h.bias, p.attention.dense.bias
-    ops.residual_pair(work.mlp, biases[0], work.attention, biases[1], model.dtype, work.x)
+    heads(p.attention, work, place, (model.cos, model.sin), cache, mix)
+    neurons(p.mlp, config.hidden_act, work)
+    _add_branches(p, work)
+
+
+def _add_branches(p: Layer, work: Workspace) -> None:
+    """work.z and work.activated -> work.x."""
+    dense, down = p.attention.dense, p.mlp.dense_4h_to_h
+    if work.x.shape[0] > MANY:
+        add_linear(work.activated, down, work.mlp, work.x)
+        add_linear(work.z, dense, work.attention, work.x)
+    else:
+        linear(work.z, dense, work.attention)
+        linear(work.activated, down, work.mlp)
+        ops.residual_pair(work.mlp, down.bias, work.attention, dense.bias, work.z.dtype, work.x)
 
 
 def _sequential_layer(p: Layer, model: Model, work: Workspace, place: Place, cache: Keys, mix: Mix) -> None:
     config = model.config
     layer_norm(work.x, p.input_layernorm, config.layer_norm_eps, work.normed)
-    attention(p.attention, work, place, (model.cos, model.sin), cache, mix)
-    ops.residual(work.attention, p.attention.dense.bias, model.dtype, work.x)
+    heads(p.attention, work, place, (model.cos, model.sin), cache, mix)
+    add_linear(work.z, p.attention.dense, work.attention, work.x)
     layer_norm(work.x, p.post_attention_layernorm, config.layer_norm_eps, work.normed_mlp)
-    mlp(p.mlp, config.hidden_act, work)
-    ops.residual(work.mlp, p.mlp.dense_4h_to_h.bias, model.dtype, work.x)
+    neurons(p.mlp, config.hidden_act, work)
+    add_linear(work.activated, p.mlp.dense_4h_to_h, work.mlp, work.x)
 
 
 def embed(model: Model, ids: Array, work: Workspace) -> None:  # int32 (N) -> work.x

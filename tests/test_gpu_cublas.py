@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mutants import mutant
+from mutants import Mutant, mutant
 from numpy.typing import NDArray
 
 from neox.gpu import cublas
@@ -54,10 +54,12 @@ class Library:
         handle, op_a, op_b, m, n, k, alpha, a, kind_a, lead_a, b, kind_b, lead_b, *rest = passed
         beta, c, kind_c, lead_c, kind, _ = rest
         assert (handle, self.mode, kind) == (HANDLE, DISALLOW_REDUCED_PRECISION_REDUCTION, COMPUTE_32F)
-        assert (number(alpha), number(beta)) == (1, 0)
+        assert number(alpha) == 1
         A = self.columns(a, kind_a, lead_a, *((k, m) if op_a else (m, k))).astype(np.float64)
         B = self.columns(b, kind_b, lead_b, *((n, k) if op_b else (k, n))).astype(np.float64)
-        self.columns(c, kind_c, lead_c, m, n)[...] = (A.T if op_a else A) @ (B.T if op_b else B)
+        C = self.columns(c, kind_c, lead_c, m, n)
+        before = number(beta) * C if number(beta) else 0  # as the manual says: with beta 0, C may be anything
+        C[...] = before + (A.T if op_a else A) @ (B.T if op_b else B)
 
 
 def matrix(array: NDArray) -> cublas.Matrix:
@@ -67,10 +69,12 @@ def matrix(array: NDArray) -> cublas.Matrix:
 def check_product(N: int, outputs: int, inputs: int, dtype: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
     x, weight = (rng.integers(-9, 9, size).astype(dtype_named(dtype)) for size in ((N, inputs), (outputs, inputs)))
-    out = np.full((N, outputs), np.nan, np.float32)
-    library = Library(x, weight, out)
-    cublas.multiply(library, cublas.open_handle(library), matrix(x), matrix(weight), matrix(out))
-    assert np.array_equal(out, x.astype(np.float64) @ weight.T.astype(np.float64))
+    product = x.astype(np.float64) @ weight.T.astype(np.float64)
+    for before, added in ((np.nan, False), (5, True)):
+        out = np.full((N, outputs), before, np.float32)
+        library = Library(x, weight, out)
+        cublas.multiply(library, cublas.open_handle(library), matrix(x), matrix(weight), matrix(out), added)
+        assert np.array_equal(out, product + before if added else product)
 
 
 sizes = st.integers(1, 9)
@@ -90,7 +94,10 @@ MUTANTS = [
     ("multiply", "TYPES[x.dtype], inputs", "TYPES[x.dtype], N"),
     ("multiply", "TYPES[out.dtype], outputs", "TYPES[out.dtype], N"),
     ("multiply", "TYPES[out.dtype]", "TYPES[x.dtype]"),
-    ("multiply", "ZERO.ctypes.data", "ONE.ctypes.data"),
+    ("multiply", "ONE if add else ZERO", "ONE"),
+    ("multiply", "ONE if add else ZERO", "ZERO"),
+    ("multiply", "ONE if add else ZERO", "ZERO if add else ONE"),
+    ("multiply", "inputs, ONE.ctypes.data", "inputs, ZERO.ctypes.data"),
     ("multiply", "COMPUTE_32F", "COMPUTE_32F + 6"),  # which lets float32 be rounded to 16 bits
     ("multiply", "COMPUTE_32F", "COMPUTE_32F - 4"),  # which adds in 16 bits
 ]
@@ -114,29 +121,79 @@ class Stream:
         self.inside = False
 
 
-def test_the_seam_asks_in_its_stream_and_opens_one_handle(monkeypatch) -> None:
-    x, weight, out = np.ones((3, 8), np.float16), np.ones((5, 8), np.float16), np.zeros((3, 5), np.float32)
-    stream, opened = Stream(), []
+class Watched(Library):
+    """Asked by a device: in its stream, by one handle."""
 
-    class Watched(Library):
-        def create(self) -> int:
-            opened.append(self)
-            return super().create()
+    def __init__(self, stream: Stream) -> None:
+        super().__init__()
+        self.stream = stream
+        self.opened = 0
 
-        def gemmEx(self, *passed: int) -> None:
-            assert stream.inside
-            super().gemmEx(*passed)
+    def create(self) -> int:
+        self.opened += 1
+        return super().create()
 
+    def gemmEx(self, *passed: int) -> None:
+        assert self.stream.inside
+        super().gemmEx(*passed)
+
+
+class Card(device_module.CudaDevice):
+    """Its arrays are NumPy's, and known to the library."""
+
+    def array(self, values: NDArray) -> device_module.Array:
+        held = values.copy()
+        cublas.import_cublas().memory[held.ctypes.data] = held
+        return device_module.Array(self, held, held.ctypes.data, held.shape, held.dtype)
+
+
+def a_card(monkeypatch) -> tuple[Card, Watched]:
+    stream = Stream()
+    library = Watched(stream)
     cupy = SimpleNamespace(cuda=SimpleNamespace(Stream=lambda **_: stream))
     monkeypatch.setattr(device_module, "_import_cupy", lambda: cupy)
-    monkeypatch.setattr(cublas, "import_cublas", lambda: Watched(x, weight, out))
-    device = device_module.CudaDevice()
-    arrays = [device_module.Array(device, a, a.ctypes.data, a.shape, a.dtype) for a in (x, weight, out)]
-    for _ in range(2):
-        out[:] = 0
-        device.matmul(*arrays)
-        assert (out == 8).all()
-    assert len(opened) == 1
+    monkeypatch.setattr(cublas, "import_cublas", lambda: library)
+    return Card(), library
+
+
+def check_seam(monkeypatch) -> None:
+    device, library = a_card(monkeypatch)
+    rng = np.random.default_rng(0)
+    for N in (3, 6, 300):
+        x, weight = (rng.integers(-9, 9, size).astype(np.float16) for size in ((N, 8), (5, 8)))
+        before, bias = (rng.integers(1, 99, size).astype(np.float32) for size in ((N, 5), 5))
+        product = x.astype(np.float32) @ weight.T.astype(np.float32)
+        factors = device.array(x), device.array(weight)
+        for added, add in ((None, False), (bias, False), (None, True), (bias, True)):
+            out = device.array(before if add else np.full_like(before, np.nan))
+            device.matmul(*factors, out, None if added is None else device.array(added), add=add)
+            assert np.array_equal(out.memory, product + (0 if added is None else added) + (before if add else 0))
+    assert library.opened == 1
+
+
+def test_the_seam_asks_in_its_stream_and_opens_one_handle(monkeypatch) -> None:
+    check_seam(monkeypatch)
+
+
+SEAM_MUTANTS = [
+    ("_matmul", "_matrix(out), add", "_matrix(out), False"),
+    ("_matmul", "_matrix(out), add", "_matrix(out), True"),
+    ("_matmul", "if bias is not None", "if False"),
+    ("_matmul", "if bias is not None", "if bias is not None and not add"),
+    ("_matmul", "out, None, True", "out, None, add"),
+    ("_matmul", "x.shape[0]), bias.reshape(bias.size, 1)", "x.shape[0]), self._ones(bias.size)"),
+    ("_matmul", "with self._stream:", "if True:"),
+    ("_matmul", "if self._cublas is None", "if True"),
+    ("_ones", "(count - 1)", "(count // 2)"),
+]
+
+
+@pytest.mark.parametrize(("function", "right", "wrong"), SEAM_MUTANTS)
+def test_a_wrong_seam_is_noticed(monkeypatch, function, right, wrong) -> None:
+    changed = Mutant(wrong, "check_seam", device_module.CudaDevice, function, ((right, wrong),))
+    monkeypatch.setattr(device_module.CudaDevice, function, changed.build())
+    with pytest.raises((AssertionError, ValueError)):
+        check_seam(monkeypatch)
 
 
 def test_a_missing_library_is_told_in_one_line(monkeypatch) -> None:

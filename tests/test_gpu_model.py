@@ -6,15 +6,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from devices import DTYPES, all_devices, devices
-from gpu_models import SMALL, assert_right, device_configs, drawn, in_float64
-from hypothesis import given, settings
+from devices import DTYPES, ROUNDING, all_devices, devices, error
+from gpu_models import SMALL, STEP, assert_right, device_configs, drawn, in_float64
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from mutants import mutant
+from numpy.typing import NDArray
 from strategies import draw_ids, seeds
 
 from neox.gpu import model as gpu_model
+from neox.gpu.device import Device
 from neox.gpu.load import to_device
-from neox.gpu.model import forward
+from neox.gpu.model import forward, new_workspace
+from neox.reference.config import Config
 from neox.reference.errors import InputError
 from neox.reference.model import Model
 from neox.reference.model import forward as reference_forward
@@ -97,3 +101,85 @@ def test_a_residual_channel_beyond_float16_stays_finite(parallel) -> None:
     for device in all_devices():
         logits = forward(to_device(model, device, "float16"), ids)
         assert_right(logits, model, ids, "float16", wide=("resid", "out", "scale"))
+
+
+# Prompts, whose products are a library's, and add into the residual stream.
+
+
+@pytest.fixture
+def many(monkeypatch) -> None:
+    """Three rows are many."""
+    monkeypatch.setattr(gpu_model, "MANY", 2)
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(devices(), device_configs(), st.integers(1, 3), st.integers(3, 20), st.sampled_from(DTYPES), seeds)
+def test_prompts_err_no_more_than_a_plain_computation(many, device, config, batch, length, dtype, seed) -> None:
+    model = drawn(config, seed % 7, dtype)
+    ids = draw_ids(config, batch, length, seed)
+    assert_right(forward(to_device(model, device, dtype), ids), model, ids, dtype)
+
+
+def check_prompt(config: Config, dtype: str) -> NDArray:
+    """5 texts of 52 positions are more rows than MANY."""
+    model, ids = drawn(config, 3, dtype), draw_ids(config, 5, 52, 1)
+    logits = forward(to_device(model, all_devices()[0], dtype), ids)
+    assert_right(logits, model, ids, dtype)
+    return logits
+
+
+PROMPTS = [
+    replace(SMALL, use_parallel_residual=parallel, hidden_act=act)
+    for parallel in (True, False)
+    for act in ("gelu", "gelu_fast")
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("config", PROMPTS)
+def test_a_prompt_of_many_rows_is_what_kernels_compute(config, dtype, monkeypatch) -> None:
+    by_library = check_prompt(config, dtype)
+    monkeypatch.setattr(gpu_model, "MANY", 5 * 52)
+    monkeypatch.setattr(Device, "matmul", None)
+    by_kernels = check_prompt(config, dtype)
+    # Two orders of additions. Where rows are rounded to 16 bits, a number close to the middle may go either way.
+    order = 4 * (2 * config.num_hidden_layers + 2) * STEP
+    floor = order if dtype == "float32" else 2 * ROUNDING[dtype]
+    assert error(by_library, by_kernels) <= floor * np.abs(by_kernels).max()
+
+
+@pytest.mark.parametrize("config", PROMPTS)
+def test_branches_of_a_prompt_are_neither_written_nor_read(config, monkeypatch) -> None:
+    def without(model: gpu_model.Model, count: int) -> gpu_model.Workspace:
+        work = new_workspace(model, count)
+        nothing = model.device.empty((count, 0), np.float32)
+        return replace(work, attention=nothing, mlp=nothing)
+
+    monkeypatch.setattr(gpu_model, "new_workspace", without)
+    check_prompt(config, "float16")
+
+
+WRONG_PROMPTS = [
+    ("add_linear", "p.wide_bias", "None"),
+    ("add_linear", "add=True", "add=False"),
+    (
+        "add_linear",
+        "        x.device.matmul",
+        "        x.device.matmul(x, p.weight, residual, add=True)\n        x.device.matmul",
+    ),
+    ("add_linear", "        x.device.matmul", "        residual.set(2 * residual.get())\n        x.device.matmul"),
+    ("_add_branches", "add_linear(work.activated, down, work.mlp, work.x)", "pass"),
+    ("_add_branches", "add_linear(work.z, dense, work.attention, work.x)", "pass"),
+    ("_add_branches", "add_linear(work.z, dense,", "add_linear(work.z, Linear(dense.weight, None),"),
+    ("_add_branches", "add_linear(work.activated, down,", "add_linear(work.activated, Linear(down.weight, None),"),
+    ("_add_branches", "add_linear(work.z, dense,", "add_linear(work.z, Linear(dense.weight, down.bias),"),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("function", "right", "wrong"), WRONG_PROMPTS)
+def test_a_wrong_prompt_is_noticed(function, right, wrong, dtype, monkeypatch) -> None:
+    changed = mutant(wrong, "check_prompt", function, (right, wrong), module=gpu_model)
+    monkeypatch.setattr(gpu_model, function, changed.build())
+    with pytest.raises(AssertionError):
+        check_prompt(SMALL, dtype)
