@@ -48,6 +48,11 @@ def open_handle(cublas: Any) -> int:
     return handle
 
 
+def major_version(cublas: Any, handle: int) -> int:
+    version: int = cublas.getVersion(handle)
+    return version // 10000
+
+
 def multiply(cublas: Any, handle: int, x: Matrix, weight: Matrix, out: Matrix, add: bool = False) -> None:
     """(N,I), (O,I) -> (N,O), or that added to it, on CuPy's current stream.
 

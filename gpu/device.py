@@ -34,7 +34,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from neox.gpu import cublas, driver
+from neox.gpu import cublas, cublas_lt, driver
 from neox.gpu.host.build import MODES, build, compiler
 from neox.gpu.host.memory import HostMemory, SharedMemory
 from neox.gpu.host.module import ORDERS, HostLaunch, HostModule, Pointer, Program, Recorded, at_once
@@ -207,6 +207,21 @@ class Device(ABC):
         if bias is not None:
             expect("bias", bias, (outputs,), np.float32)
         self._matmul(x, weight, out, bias, add)
+
+    def matmul_gelu_fast(self, x: Array, weight: Array, bias: Array, out: Array) -> bool:
+        """gelu_fast(x weight^T + bias) by a library: (N,I), (O,I), (O) -> (N,O), all of one dtype.
+
+        Sums, bias and GELU are float32, rounded once. False, and nothing is done, if the library cannot.
+        Errors as above.
+        """
+        self._refuse("product by a library")
+        if x.dtype.name not in PRODUCT_DTYPES:
+            raise ValueError(f"{x.dtype} is none of {', '.join(PRODUCT_DTYPES)}")
+        (N, inputs), (outputs, _) = x.shape, weight.shape
+        expect("weight", weight, (outputs, inputs), x.dtype)
+        expect("bias", bias, (outputs,), x.dtype)
+        expect("out", out, (N, outputs), x.dtype)
+        return self._matmul_gelu_fast(x, weight, bias, out)
 
     def copy_positions(self, source: Array, target: Array, first: int, last: int) -> None:
         """target[:, first:last] = source[:, first:last], of keys or values (H,S,D) of texts of any capacity S.
@@ -386,6 +401,9 @@ class Device(ABC):
 
     @abstractmethod
     def _matmul(self, x: Array, weight: Array, out: Array, bias: Array | None, add: bool) -> None: ...
+
+    @abstractmethod
+    def _matmul_gelu_fast(self, x: Array, weight: Array, bias: Array, out: Array) -> bool: ...
 
     @abstractmethod
     def _copy_positions(self, source: Array, target: Array, first: int, last: int) -> None: ...
@@ -568,12 +586,21 @@ class HostDevice(Device):
     def _values(self, array: Array) -> NDArray:
         return self._bytes(array).view(array.dtype).reshape(array.shape)
 
-    def _matmul(self, x: Array, weight: Array, out: Array, bias: Array | None, add: bool) -> None:
+    def _sums(self, x: Array, weight: Array, bias: Array | None) -> NDArray[np.float32]:
         wide_x, wide_weight = (self._values(a).astype(np.float32, copy=False) for a in (x, weight))
-        sums = wide_x @ wide_weight.T
-        if bias is not None:
-            sums += self._values(bias)
+        sums: NDArray[np.float32] = wide_x @ wide_weight.T
+        return sums if bias is None else sums + self._values(bias).astype(np.float32)
+
+    def _matmul(self, x: Array, weight: Array, out: Array, bias: Array | None, add: bool) -> None:
+        sums = self._sums(x, weight, bias)
         self._values(out)[...] = self._values(out) + sums if add else sums
+
+    def _matmul_gelu_fast(self, x: Array, weight: Array, bias: Array, out: Array) -> bool:
+        """In the form of kernels/activation.cuh, in which nothing cancels."""
+        sums = self._sums(x, weight, bias)
+        with np.errstate(over="ignore"):
+            self._values(out)[...] = sums / (1 + np.exp(-2 * math.sqrt(2 / math.pi) * (sums + 0.044715 * sums**3)))
+        return True
 
     def _copy_positions(self, source: Array, target: Array, first: int, last: int) -> None:
         self._values(target)[:, first:last] = self._values(source)[:, first:last]
@@ -627,7 +654,6 @@ class CudaDevice(Device):
     _cupy: Any = field(default=None, init=False)
     _stream: Any = field(default=None, init=False)
     _branches: list[Any] = field(default_factory=list, init=False)  # streams of all but one of the programs at once
-    _cublas: tuple[Any, int] | None = field(default=None, init=False)  # the library and a handle, from first use on
     _overlapping: bool = field(default=False, init=False)  # whether the next launch may begin before the last has ended
 
     def __post_init__(self) -> None:
@@ -753,13 +779,29 @@ class CudaDevice(Device):
                 main.wait_event(branch.record())
 
     def _matmul(self, x: Array, weight: Array, out: Array, bias: Array | None, add: bool) -> None:
-        if self._cublas is None:
-            library = cublas.import_cublas()
-            self._cublas = library, cublas.open_handle(library)
+        if bias is not None and self._with_epilogue(x, weight, bias, out, add=add):
+            return
         with self._stream:
-            cublas.multiply(*self._cublas, _matrix(x), _matrix(weight), _matrix(out), add)
+            cublas.multiply(*self.kept("cuBLAS", _open_cublas), _matrix(x), _matrix(weight), _matrix(out), add)
         if bias is not None:  # a column of ones times the bias is a product too: no kernel is needed for it
             self._matmul(self._ones(x.shape[0]), bias.reshape(bias.size, 1), out, None, True)
+
+    def _matmul_gelu_fast(self, x: Array, weight: Array, bias: Array, out: Array) -> bool:
+        return self._with_epilogue(x, weight, bias, out, gelu=True)
+
+    def _with_epilogue(
+        self, x: Array, weight: Array, bias: Array, out: Array, gelu: bool = False, add: bool = False
+    ) -> bool:
+        library = self.kept("cublasLt", self._open_cublas_lt)
+        matrices = _matrix(x), _matrix(weight), bias.address, _matrix(out)
+        return library is not None and cublas_lt.multiply(library, self.stream, *matrices, gelu=gelu, add=add)
+
+    def _open_cublas_lt(self) -> cublas_lt.Library | None:
+        functions = cublas_lt.load(cublas.major_version(*self.kept("cuBLAS", _open_cublas)))
+        if functions is None:
+            return None
+        workspace = self.kept("cublasLt's workspace", lambda: self.empty(cublas_lt.WORKSPACE_BYTES, np.uint8))
+        return cublas_lt.open_library(functions, workspace.address)
 
     def _ones(self, count: int) -> Array:  # float32 (N,1)
         size = 1 << (count - 1).bit_length()
@@ -814,6 +856,11 @@ class CudaDevice(Device):
 
     def _values(self, array: Array) -> Any:
         return self._bytes(array).view(array.dtype).reshape(array.shape)
+
+
+def _open_cublas() -> tuple[Any, int]:
+    library = cublas.import_cublas()
+    return library, cublas.open_handle(library)
 
 
 def _import_cupy() -> Any:

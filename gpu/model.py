@@ -228,10 +228,13 @@ def attention(p: Attention, work: Workspace, place: Place, rotary: Rotary, cache
 
 
 def neurons(p: MLP, hidden_act: str, work: Workspace) -> None:
-    """work.normed_mlp -> work.activated."""
-    linear(work.normed_mlp, p.dense_h_to_4h, work.hidden)
-    assert p.dense_h_to_4h.bias is not None
-    ops.bias_gelu(work.hidden, p.dense_h_to_4h.bias, hidden_act, work.activated)
+    """work.normed_mlp -> work.activated, of more than MANY positions without a stop at work.hidden if a library can."""
+    x, up = work.normed_mlp, p.dense_h_to_4h
+    assert up.bias is not None
+    many = x.shape[0] > MANY and hidden_act == "gelu_fast"
+    if not (many and x.device.matmul_gelu_fast(x, up.weight, up.bias, work.activated)):
+        linear(x, up, work.hidden)
+        ops.bias_gelu(work.hidden, up.bias, hidden_act, work.activated)
 
 
 def mlp(p: MLP, hidden_act: str, work: Workspace) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import builtins
-import ctypes
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from cards import Library, a_card
 from hypothesis import given
 from hypothesis import strategies as st
 from mutants import Mutant, mutant
@@ -17,49 +16,6 @@ from neox.gpu import cublas
 from neox.gpu import device as device_module
 from neox.gpu.device import dtype_named
 from neox.reference.errors import InputError
-
-HANDLE = 77
-DTYPES = {0: "float32", 2: "float16", 14: "bfloat16"}  # of library_types.h
-DISALLOW_REDUCED_PRECISION_REDUCTION = 16
-COMPUTE_32F = 68
-
-
-def number(address: int) -> float:
-    return ctypes.c_float.from_address(address).value
-
-
-class Library:
-    """cublasGemmEx on the CPU: C = alpha op(A) op(B) + beta C."""
-
-    def __init__(self, *memory: NDArray) -> None:
-        self.memory = {array.ctypes.data: array for array in memory}
-        self.mode: int | None = None
-
-    def create(self) -> int:
-        return HANDLE
-
-    def setMathMode(self, handle: int, mode: int) -> None:
-        assert handle == HANDLE
-        self.mode = mode
-
-    def columns(self, address: int, kind: int, leading: int, rows: int, count: int) -> NDArray:
-        """A matrix (rows, count) as BLAS has it: columns one after another, each `leading` elements from the last."""
-        array = self.memory[address]
-        assert array.dtype == dtype_named(DTYPES[kind])
-        assert leading >= rows
-        assert leading * count <= array.size
-        return array.reshape(-1)[: leading * count].reshape(count, leading)[:, :rows].T
-
-    def gemmEx(self, *passed: int) -> None:
-        handle, op_a, op_b, m, n, k, alpha, a, kind_a, lead_a, b, kind_b, lead_b, *rest = passed
-        beta, c, kind_c, lead_c, kind, _ = rest
-        assert (handle, self.mode, kind) == (HANDLE, DISALLOW_REDUCED_PRECISION_REDUCTION, COMPUTE_32F)
-        assert number(alpha) == 1
-        A = self.columns(a, kind_a, lead_a, *((k, m) if op_a else (m, k))).astype(np.float64)
-        B = self.columns(b, kind_b, lead_b, *((n, k) if op_b else (k, n))).astype(np.float64)
-        C = self.columns(c, kind_c, lead_c, m, n)
-        before = number(beta) * C if number(beta) else 0  # as the manual says: with beta 0, C may be anything
-        C[...] = before + (A.T if op_a else A) @ (B.T if op_b else B)
 
 
 def matrix(array: NDArray) -> cublas.Matrix:
@@ -111,53 +67,8 @@ def test_another_question_is_noticed(monkeypatch, function, right, wrong) -> Non
         check_product(3, 5, 7, "float16", 0)
 
 
-class Stream:
-    inside = False
-
-    def __enter__(self) -> None:
-        self.inside = True
-
-    def __exit__(self, *_: object) -> None:
-        self.inside = False
-
-
-class Watched(Library):
-    """Asked by a device: in its stream, by one handle."""
-
-    def __init__(self, stream: Stream) -> None:
-        super().__init__()
-        self.stream = stream
-        self.opened = 0
-
-    def create(self) -> int:
-        self.opened += 1
-        return super().create()
-
-    def gemmEx(self, *passed: int) -> None:
-        assert self.stream.inside
-        super().gemmEx(*passed)
-
-
-class Card(device_module.CudaDevice):
-    """Its arrays are NumPy's, and known to the library."""
-
-    def array(self, values: NDArray) -> device_module.Array:
-        held = values.copy()
-        cublas.import_cublas().memory[held.ctypes.data] = held
-        return device_module.Array(self, held, held.ctypes.data, held.shape, held.dtype)
-
-
-def a_card(monkeypatch) -> tuple[Card, Watched]:
-    stream = Stream()
-    library = Watched(stream)
-    cupy = SimpleNamespace(cuda=SimpleNamespace(Stream=lambda **_: stream))
-    monkeypatch.setattr(device_module, "_import_cupy", lambda: cupy)
-    monkeypatch.setattr(cublas, "import_cublas", lambda: library)
-    return Card(), library
-
-
 def check_seam(monkeypatch) -> None:
-    device, library = a_card(monkeypatch)
+    device, library = a_card(monkeypatch, None)
     rng = np.random.default_rng(0)
     for N in (3, 6, 300):
         x, weight = (rng.integers(-9, 9, size).astype(np.float16) for size in ((N, 8), (5, 8)))
@@ -183,7 +94,7 @@ SEAM_MUTANTS = [
     ("_matmul", "out, None, True", "out, None, add"),
     ("_matmul", "x.shape[0]), bias.reshape(bias.size, 1)", "x.shape[0]), self._ones(bias.size)"),
     ("_matmul", "with self._stream:", "if True:"),
-    ("_matmul", "if self._cublas is None", "if True"),
+    ("_matmul", 'self.kept("cuBLAS", _open_cublas)', "_open_cublas()"),
     ("_ones", "(count - 1)", "(count // 2)"),
 ]
 
