@@ -18,6 +18,7 @@ from static_performance import (
     loops,
     machine_code,
     machine_codes,
+    main_loop,
     nvdisasm,
     resident_blocks,
 )
@@ -61,6 +62,17 @@ def shortfalls(case: Case, e: Estimate) -> set[str]:
 def test_nothing_but_memory_holds_a_kernel_back(case: Case) -> None:
     listed = {"on their way": FEW_ON_THEIR_WAY, "busy": UNBUSY}
     assert shortfalls(case, estimate(case)) == {bound for bound, names in listed.items() if case.name in names}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_loop_that_is_counted_is_the_one_that_multiplies(case: Case) -> None:
+    def products(code: tuple[static_performance.Instruction, ...], *names: str) -> int:
+        return sum(i.name.startswith(names) for i in code)
+
+    code = machine_code(case.source, case.kernel)
+    on_tensor_cores = products(code, "HMMA")
+    assert products(main_loop(code), "HMMA") == on_tensor_cores
+    assert on_tensor_cores or products(main_loop(code), "FFMA", "HFMA") >= 64
 
 
 def test_four_bytes_at_a_time_are_seen_to_be_slow(tmp_path: Path) -> None:
