@@ -72,7 +72,7 @@ def test_the_loop_that_is_counted_is_the_one_that_multiplies(case: Case) -> None
     code = machine_code(case.source, case.kernel)
     on_tensor_cores = products(code, "HMMA")
     assert products(main_loop(code), "HMMA") == on_tensor_cores
-    assert on_tensor_cores or products(main_loop(code), "FFMA", "HFMA") >= 64
+    assert on_tensor_cores or products(main_loop(code), "FFMA", "HFMA") >= 48  # 24 dims of a key, and of a value
 
 
 def test_four_bytes_at_a_time_are_seen_to_be_slow(tmp_path: Path) -> None:
