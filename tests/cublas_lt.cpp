@@ -157,10 +157,10 @@ int cublasLtMatmulAlgoGetHeuristic(void* handle, Product* p, Layout* A, Layout* 
                                    Preference* preference, int most, Heuristic* found, int* count) {
     ++asked;
     if (handle != &HANDLE || most < 1) return INVALID_VALUE;
-    if (offer_status) return offer_status;
-    *count = possible(p, A, B, C, D) ? offered : 0;
-    if (!*count) return SUCCESS;
     memset(found, 0, sizeof(*found));
+    *count = possible(p, A, B, C, D) ? offered : 0;
+    if (offer_status) return offer_status;
+    if (!*count) return SUCCESS;
     Algorithm& algorithm = found->algorithm;
     algorithm.workspace = found->workspace = preference->workspace;
     algorithm.reductions = preference->reductions;
