@@ -140,7 +140,8 @@ PROMPTS = [
 def test_a_prompt_of_many_rows_is_what_kernels_compute(config, dtype, monkeypatch) -> None:
     by_library = check_prompt(config, dtype)
     monkeypatch.setattr(gpu_model, "MANY", 5 * 52)
-    monkeypatch.setattr(Device, "matmul", None)
+    for method in ("matmul", "matmul_gelu_fast"):
+        monkeypatch.setattr(Device, method, None)
     by_kernels = check_prompt(config, dtype)
     # Two orders of additions. Where rows are rounded to 16 bits, a number close to the middle may go either way.
     order = 4 * (2 * config.num_hidden_layers + 2) * STEP
@@ -149,13 +150,20 @@ def test_a_prompt_of_many_rows_is_what_kernels_compute(config, dtype, monkeypatc
 
 
 @pytest.mark.parametrize("config", PROMPTS)
-def test_branches_of_a_prompt_are_neither_written_nor_read(config, monkeypatch) -> None:
+def test_sums_of_a_prompt_are_neither_written_nor_read(config, monkeypatch) -> None:
     def without(model: gpu_model.Model, count: int) -> gpu_model.Workspace:
         work = new_workspace(model, count)
         nothing = model.device.empty((count, 0), np.float32)
-        return replace(work, attention=nothing, mlp=nothing)
+        hidden = nothing if config.hidden_act == "gelu_fast" else work.hidden
+        return replace(work, attention=nothing, mlp=nothing, hidden=hidden)
 
     monkeypatch.setattr(gpu_model, "new_workspace", without)
+    check_prompt(config, "float16")
+
+
+@pytest.mark.parametrize("config", PROMPTS)
+def test_a_library_without_epilogues_does_as_well(config, monkeypatch) -> None:
+    monkeypatch.setattr(Device, "matmul_gelu_fast", lambda *_: False)
     check_prompt(config, "float16")
 
 
@@ -183,3 +191,25 @@ def test_a_wrong_prompt_is_noticed(function, right, wrong, dtype, monkeypatch) -
     monkeypatch.setattr(gpu_model, function, changed.build())
     with pytest.raises(AssertionError):
         check_prompt(SMALL, dtype)
+
+
+def check_both_ways_up() -> None:
+    """gelu_fast is up to 4.7e-4 away from gelu, which float32 shows."""
+    for hidden_act in ("gelu", "gelu_fast"):
+        check_prompt(replace(SMALL, hidden_act=hidden_act), "float32")
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ('hidden_act == "gelu_fast"', "True"),
+        ("if not (many and", "if False and not (many and"),
+        ("if not (many and", "if many and not (many and"),
+        ("up.weight, up.bias,", "up.weight, x.device.zeros(up.bias.shape, up.bias.dtype),"),
+    ],
+)
+def test_a_wrong_way_up_is_noticed(right, wrong, monkeypatch) -> None:
+    changed = mutant(wrong, "check_both_ways_up", "neurons", (right, wrong), module=gpu_model)
+    monkeypatch.setattr(gpu_model, "neurons", changed.build())
+    with pytest.raises(AssertionError):
+        check_both_ways_up()

@@ -6,13 +6,14 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from devices import DTYPES, all_devices, devices
+from devices import DTYPES, ROUNDING, all_devices, devices
 from hypothesis import given
 from hypothesis import strategies as st
+from mutants import Mutant
 from numpy.typing import NDArray
 
 from neox.gpu import ops
-from neox.gpu.device import Array, CaptureError, Device, dtype_named
+from neox.gpu.device import Array, CaptureError, Device, HostDevice, dtype_named
 from neox.gpu.model import BATCH, FEW, MANY, Linear, linear
 
 STEP = 2.0**-24  # largest relative error of one rounding in float32
@@ -154,6 +155,119 @@ def by_library(x: Array, weight: Array, out: Array) -> None:
 def test_the_product_by_a_library_is_right(device, N, outputs, inputs, dtype, scale, seed) -> None:
     """Whatever its order of additions."""
     check(device, by_library, *factors(N, outputs, inputs, dtype, scale, seed), 2 * 2 * inputs)
+
+
+def check_sums(
+    device: Device, sizes: tuple[int, int, int], dtype: str, scale: float, biased: bool, add: bool, seed: int = 0
+) -> None:
+    """Two additions more."""
+    (N, outputs, inputs), rng = sizes, np.random.default_rng(seed)
+    x, weight = factors(N, outputs, inputs, dtype, scale, seed)
+    bias = (scale * rng.normal(size=outputs)).astype(np.float32)
+    before = (scale * rng.normal(size=(N, outputs))).astype(np.float32)
+    out = device.array(before) if add else device.empty((N, outputs), "float32")
+    device.matmul(device.array(x), device.array(weight), out, device.array(bias) if biased else None, add=add)
+    exact, magnitudes = sums_of(x, weight)
+    exact, magnitudes = exact + biased * bias + add * before, magnitudes + biased * np.abs(bias) + add * np.abs(before)
+    assert (np.abs(out.get() - exact) <= (4 * inputs + 2) * STEP * magnitudes).all()
+
+
+def check_gelu_fast(device: Device, sizes: tuple[int, int, int], dtype: str, scale: float, seed: int = 0) -> None:
+    """Each number errs by its rounding, and by no more than a few of float32 before that, also where GELU is small."""
+    N, outputs, inputs = sizes
+    x, weight = factors(N, outputs, inputs, dtype, scale, seed)
+    bias = np.random.default_rng(seed).normal(size=outputs).astype(x.dtype)
+    out = device.empty((N, outputs), dtype)
+    done = device.matmul_gelu_fast(device.array(x), device.array(weight), device.array(bias), out)
+    if not done:  # a card whose library cannot do it with rows of this size
+        assert outputs * x.itemsize % 16 or inputs * x.itemsize % 16
+        return
+    sums, magnitudes = sums_of(x, weight)
+    s = sums + bias.astype(np.float64)
+    with np.errstate(over="ignore"):
+        exact = s / (1 + np.exp(-2 * np.sqrt(2 / np.pi) * (s + 0.044715 * s**3)))
+    of_sum = 1.2 * (4 * inputs + 1) * STEP * (magnitudes + np.abs(bias.astype(np.float64)))  # the slope is under 1.2
+    # The exponent is rounded a few times, which exp amplifies by its size; beyond 100, exp(-100) is nothing.
+    exponent = np.minimum(1.6 * np.abs(s) * (1 + 0.044715 * s * s), 100)
+    of_function = (8 + 4 * exponent) * STEP * np.abs(exact)
+    of_result = ROUNDING[dtype] * np.abs(exact) + (2.0**-25 if dtype == "float16" else 2.0**-126)
+    assert (np.abs(out.get().astype(np.float64) - exact) <= of_result + of_function + of_sum).all()
+
+
+def check_epilogues(device: Device) -> None:
+    """Of one input GELU is seen best: its sums are all but exact."""
+    for dtype in ("float32", "float16"):
+        for biased, add in ((False, False), (True, False), (True, True)):
+            check_sums(device, (7, 24, 40), dtype, 1, biased, add)
+        check_gelu_fast(device, (40, 24, 1), dtype, 1)
+
+
+def sums_of(x: NDArray, weight: NDArray) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """In float64, and of the products' magnitudes."""
+    wide_x, wide_weight = x.astype(np.float64), weight.astype(np.float64)
+    return wide_x @ wide_weight.T, np.abs(wide_x) @ np.abs(wide_weight).T
+
+
+@given(
+    devices(), TILES, TILES, st.integers(1, 300), st.sampled_from(DTYPES), SCALES, st.booleans(), st.booleans(), seeds
+)
+def test_sums_by_a_library_take_a_bias_and_what_is_there(
+    device, N, outputs, inputs, dtype, scale, biased, add, seed
+) -> None:
+    check_sums(device, (N, outputs, inputs), dtype, scale, biased, add, seed)
+
+
+@given(devices(), TILES, TILES, st.integers(1, 300), st.sampled_from(DTYPES), SCALES, seeds)
+def test_gelu_by_a_library_is_rounded_once(device, N, outputs, inputs, dtype, scale, seed) -> None:
+    check_gelu_fast(device, (N, outputs, inputs), dtype, scale, seed)
+
+
+WRONG_SUMS = [
+    ("_sums", "+ self._values(bias)", "- self._values(bias)"),
+    ("_sums", "sums if bias is None else", "sums if True else"),
+    ("_matmul", "self._values(out) + sums", "sums"),
+    ("_matmul", "self._values(out) + sums", "2 * self._values(out) + sums"),
+    ("_matmul", "if add else", "if True else"),
+    ("_matmul_gelu_fast", "x, weight, bias)", "x, weight, None)"),
+    ("_matmul_gelu_fast", "0.044715", "0.0447"),
+    ("_matmul_gelu_fast", "0.044715", "0"),
+    ("_matmul_gelu_fast", "sums = self._sums(x, weight, bias)", "sums = self._sums(x, weight, bias).astype(x.dtype)"),
+]
+
+
+@pytest.mark.parametrize(("function", "right", "wrong"), WRONG_SUMS)
+def test_wrong_sums_of_the_host_are_noticed(function, right, wrong, monkeypatch) -> None:
+    changed = Mutant(wrong, "check_epilogues", HostDevice, function, ((right, wrong),))
+    device = HostDevice()
+    monkeypatch.setattr(HostDevice, function, changed.build())
+    with pytest.raises(AssertionError):
+        check_epilogues(device)
+
+
+def test_epilogues_check_shapes_and_dtypes_and_are_no_part_of_a_graph() -> None:
+    device = all_devices()[0]
+    x, w, b = device.empty((3, 16), "float16"), device.empty((5, 16), "float16"), device.empty(5, "float16")
+    y, wide = device.empty((3, 5), "float16"), device.empty((3, 5), "float32")
+    for arguments, message in [
+        ((x, device.empty((5, 8), "float16"), b, y), r"weight must be float16 of shape \(5, 16\)"),
+        ((x, device.empty((5, 16), "bfloat16"), b, y), "weight must be float16"),
+        ((x, w, device.empty(3, "float16"), y), r"bias must be float16 of shape \(5,\)"),
+        ((x, w, device.empty(5, "float32"), y), "bias must be float16"),
+        ((x, w, b, wide), "out must be float16"),
+        ((x, w, b, device.empty((5, 3), "float16")), r"out must be float16 of shape \(3, 5\)"),
+        ((device.empty((3, 16), "int32"), device.empty((5, 16), "int32"), b, y), "int32 is none of float32"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            device.matmul_gelu_fast(*arguments)
+    for bias in (b, device.empty(3, "float32")):
+        with pytest.raises(ValueError, match=r"bias must be .*float32"):
+            device.matmul(x, w, wide, bias)
+
+    def with_gelu() -> None:
+        device.matmul_gelu_fast(x, w, b, y)
+
+    with pytest.raises(CaptureError, match="no product by a library"):
+        device.capture(with_gelu)
 
 
 PRODUCTS = (ops.product_naive, ops.matvec, ops.gemm, ops.wide, by_library)
