@@ -129,7 +129,7 @@ def check_prompt(config: Config, dtype: str) -> NDArray:
 
 
 PROMPTS = [
-    replace(SMALL, use_parallel_residual=parallel, hidden_act=act)
+    replace(SMALL, num_hidden_layers=2, use_parallel_residual=parallel, hidden_act=act)
     for parallel in (True, False)
     for act in ("gelu", "gelu_fast")
 ]
@@ -181,6 +181,13 @@ WRONG_PROMPTS = [
     ("_add_branches", "add_linear(work.z, dense,", "add_linear(work.z, Linear(dense.weight, None),"),
     ("_add_branches", "add_linear(work.activated, down,", "add_linear(work.activated, Linear(down.weight, None),"),
     ("_add_branches", "add_linear(work.z, dense,", "add_linear(work.z, Linear(dense.weight, down.bias),"),
+    ("_sequential_layer", "add_linear(work.z, p.attention.dense, work.attention, work.x)", "pass"),
+    (
+        "_sequential_layer",
+        "p.attention.dense, work.attention",
+        "Linear(p.attention.dense.weight, None), work.attention",
+    ),
+    ("_sequential_layer", "dense_4h_to_h, work.mlp, work.x)", "dense_4h_to_h, work.x, work.mlp)"),
 ]
 
 
@@ -190,13 +197,13 @@ def test_a_wrong_prompt_is_noticed(function, right, wrong, dtype, monkeypatch) -
     changed = mutant(wrong, "check_prompt", function, (right, wrong), module=gpu_model)
     monkeypatch.setattr(gpu_model, function, changed.build())
     with pytest.raises(AssertionError):
-        check_prompt(SMALL, dtype)
+        check_prompt(replace(SMALL, num_hidden_layers=1, use_parallel_residual=function != "_sequential_layer"), dtype)
 
 
 def check_both_ways_up() -> None:
     """gelu_fast is up to 4.7e-4 away from gelu, which float32 shows."""
     for hidden_act in ("gelu", "gelu_fast"):
-        check_prompt(replace(SMALL, hidden_act=hidden_act), "float32")
+        check_prompt(replace(SMALL, num_hidden_layers=1, hidden_act=hidden_act), "float32")
 
 
 @pytest.mark.parametrize(
