@@ -32,7 +32,7 @@ SUCCESS, NOT_SUPPORTED = 0, 15
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> ctypes.CDLL:
     path = tmp_path_factory.mktemp("cublas_lt") / "libcublasLt.so.13"
-    command = [compiler()[0], "-std=c++17", "-O1", "-Wall", "-Werror", "-shared", "-fPIC", str(SOURCE), "-o", str(path)]
+    command = [compiler()[0], "-std=c++17", "-O1", "-Wall", "-shared", "-fPIC", str(SOURCE), "-o", str(path)]
     subprocess.run(command, check=True, capture_output=True)
     library = ctypes.CDLL(str(path))
     for name, types in cublas_lt.FUNCTIONS.items():
