@@ -13,8 +13,8 @@ Importing this needs the harness: pip install "neox20b[eval]".
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from neox.reference.checkpoint.hub import find
 from neox.reference.checkpoint.load import load
 from neox.reference.config import Config
 from neox.reference.errors import InputError
-from neox.reference.generate import Decoder, Request, complete
+from neox.reference.generate import Completion, Request, complete, gathered
 from neox.reference.sampling import GREEDY, Sampling
 from neox.reference.scoring import Pair, Reader, TreeReader, begun, rolling_windows, scores
 from neox.reference.sharing import SharingDecoder
@@ -47,7 +47,7 @@ class Engine:
     """A model that reads trees of texts, and continues texts."""
 
     reader: Reader
-    decoder: Callable[[Sequence[Request], Tokenizer], AbstractContextManager[Decoder]]
+    complete: Callable[[Sequence[Request], Tokenizer], list[Completion]]
 
     @property
     def config(self) -> Config:
@@ -62,8 +62,7 @@ def open_reference(
 ) -> Engine:
     """device: what the harness says to every model; this one has none."""
     model = load(folder, dtype=dtype, weights=weights, **fields)
-    decoder = SharingDecoder(model)
-    return Engine(TreeReader(model), lambda requests, tokenizer: nullcontext(decoder))
+    return Engine(TreeReader(model), partial(complete, SharingDecoder(model)))
 
 
 def device_named(device: str | None) -> str:
@@ -79,9 +78,11 @@ def open_gpu(folder: Path, device: str | None = None, dtype: str = "float16", **
     from neox.gpu.scoring import DeviceReader
 
     model = gpu.load(folder, dtype=dtype, device=device_named(device), **fields)
-    return Engine(
-        DeviceReader(model), lambda requests, tokenizer: nullcontext(gpu.decoder_for(model, requests, tokenizer))
-    )
+
+    def completed(requests: Sequence[Request], tokenizer: Tokenizer) -> list[Completion]:
+        return gathered(gpu.stream(model, requests, tokenizer), len(requests))
+
+    return Engine(DeviceReader(model), completed)
 
 
 BACKENDS: dict[str, Open] = {"reference": open_reference, "gpu": open_gpu}
@@ -278,9 +279,7 @@ class NeoX(TemplateLM):  # type: ignore[misc]  # to mypy the harness is untyped
             for first in range(0, len(order), self._together):
                 group = order[first : first + self._together]
                 texts = [tasks[i].request for i in group]
-                with self._engine.decoder(texts, tokenizer) as decoder:
-                    completions = complete(decoder, texts, tokenizer)
-                for index, completion in zip(group, completions, strict=True):
+                for index, completion in zip(group, self._engine.complete(texts, tokenizer), strict=True):
                     answers[index] = answer_of(tokenizer, completion.ids, tasks[index].stops)
                     self.cache_hook.add_partial("generate_until", asked[index], answers[index])
                 progress.update(len(group))

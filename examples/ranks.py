@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from neox import distributed
 from neox.distributed import Communicator
 from neox.distributed.scoring import LeadingReader, reader_of
-from neox.reference.generate import Decoder, Request
+from neox.reference.generate import Completion, Request, complete
 from neox.reference.scoring import Batch
 from neox.reference.tokenizer import Tokenizer
 
@@ -40,11 +40,12 @@ def engine_of(shard: distributed.AnyShard) -> Engine:
 
     comm = shard.comm
 
-    def decoder(requests: Sequence[Request], tokenizer: Tokenizer) -> AbstractContextManager[Decoder]:
+    def completed(requests: Sequence[Request], tokenizer: Tokenizer) -> list[Completion]:
         comm.broadcast(Writing())
-        return distributed.Leader(distributed.decoder_of(shard), comm, requests, tokenizer)
+        with distributed.Leader(distributed.decoder_of(shard), comm, requests, tokenizer) as decoder:
+            return complete(decoder, requests, tokenizer)
 
-    return Engine(LeadingReader(reader_of(shard), comm), decoder)
+    return Engine(LeadingReader(reader_of(shard), comm), completed)
 
 
 @contextmanager

@@ -379,10 +379,11 @@ def test_ranks_answer_alike(
     assert together[1] == alone[1]
 
 
-def test_samples_differ_by_their_seed(harness: ModuleType):
+@pytest.mark.parametrize("how", [{}, KERNELS], ids=["reference", "kernels"])
+def test_samples_differ_by_their_seed(how: dict[str, str], harness: ModuleType):
     arguments = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 12, "top_k": 40}
     cases = instances("generate_until", [("The", arguments)] * 3)
-    first, again, other = (harness.NeoX(seed=seed).generate_until(cases, disable_tqdm=True) for seed in (1, 1, 9))
+    first, again, other = (harness.NeoX(seed=s, **how).generate_until(cases, disable_tqdm=True) for s in (1, 1, 9))
     assert first == again != other
     assert len(set(first)) == 3
 
