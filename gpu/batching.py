@@ -1,9 +1,12 @@
 """Texts that come and go in a batch, on a device: the backend of reference/batching.py over a cache of pages.
 
-Keys and values lie in pages that texts with the same beginning share (paging.py); where each text's pages are, the
-kernels are told anew at each step. A step passes the new positions of all texts through the model together. Where each
-has one, it is a step of decode.py: what texts come and go lies in device memory, so the launches for as many texts are
-captured once, whichever they are.
+Keys and values lie in pages that texts with the same beginning share (paging.py). A step passes the new positions of
+all texts through the model together. Where each has one, it is a step of decode.py: ids, positions, pages and how each
+text is sampled lie in device memory, so the launches for as many texts are captured once, whichever they are. The
+device goes on by itself: it is told only what changed otherwise, as when texts come and go.
+
+Ids are chosen on the device, and logits come back only of texts for which they are wanted. What a text's seed gives
+depends on no other text, and not on whether its logits are wanted.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ others. Everything but attention looks at single positions, so the weights are r
 looks into the cache of each text by itself. What a text becomes thus depends on the others only by the rounding of
 sums: its ids are those that it gets alone, unless two ids are as likely as each other up to rounding.
 
-Where a backend can choose ids itself, only ids come back from it, but for those texts of which logits are asked for.
+A backend that computes elsewhere can choose the ids itself. Then only they come back from it, but for the logits that
+somebody asked for, or that a repetition penalty needs, which looks at the whole text.
 
 Memory is bounded: a text joins when the positions that it may come to have are free, in the order of submission. Where
 others have read its first ids, and a backend lets it use their memory, these are neither read nor counted again.
@@ -94,7 +95,8 @@ class Choosing(Backend[Memory], Protocol[Memory]):
     def choose(self, segments: Sequence[Segment[Memory]], allowed: Array) -> list[Chosen]:
         """As advance, and an id for each segment that says how: -1 if its logits are not finite.
 
-        allowed: bool (V,), false for ids that must not be chosen. What a text's seed gives depends on no other text.
+        allowed: bool (V,), false for ids that must not be chosen. What a text's seed gives depends on no other text,
+        but it may be something else than on another backend.
         """
         ...
 

@@ -532,6 +532,32 @@ def test_pages_that_a_failed_step_left_are_not_shared(monkeypatch: pytest.Monkey
         assert backend.passed == passed
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0, seed=5), Sampling(1.0, repetition_penalty=1.2, seed=5)])
+def test_log_probabilities_change_no_text(sampling: Sampling) -> None:
+    request = Request((4, 5, 6), 9, sampling, ignore_eos=True)
+    texts = []
+    for job in (Job(request), Job(replace(request, logprobs=2)), Job(request, 2)):
+        events = alone(all_devices()[0], "float32", job)
+        texts.append([event.id for event in events if isinstance(event, Piece)])
+    assert texts[0] == texts[1] == texts[2]
+    assert len(texts[0]) == 9
+
+
+def test_a_batch_that_draws_on_the_host_gets_logits() -> None:
+    """What is there for those who know no other backend than one of logits."""
+    backend, held = DeviceBackend(model(all_devices()[0]), 40, 8), []
+    for ids in ((3, 1, 4), (1, 5)):
+        memory = backend.open(9, ids)
+        assert memory is not None
+        held.append((memory, ids))
+    first = backend.advance([Segment(memory, ids, i + 1) for i, (memory, ids) in enumerate(held)])
+    second = backend.advance([Segment(memory, [9], 1) for memory, _ in held])
+    for i, (_, ids) in enumerate(held):
+        assert first[i].shape == (i + 1, CONFIG.vocab_size)
+        assert_close(first[i][-1], logits_after(all_devices()[0], "float32", ids), ROUNDED["float32"])
+        assert_close(second[i][0], logits_after(all_devices()[0], "float32", (*ids, 9)), ROUNDED["float32"])
+
+
 @pytest.mark.parametrize(("dtype", "launches"), [("float16", 3), ("float32", 10)])
 def test_a_step_is_captured_once_for_each_number_of_texts(dtype: str, launches: int) -> None:
     """Beside the layers: embedding, norm, product, numbers, ids and the next positions."""

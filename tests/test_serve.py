@@ -379,12 +379,16 @@ def test_ctrl_c_ends_it_at_once_whoever_is_connected() -> None:
 @pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed")
 def test_the_kernels_answer_as_the_reference() -> None:
     asked = {"prompt": "Once upon a time", "max_tokens": 6, "temperature": 0}
+    drawn = {**asked, "temperature": 1, "seed": 5}
     texts = []
     for flags in ([], ["--backend", "gpu", "--device", "host", "--dtype", "float32", "--texts", "2"]):
         with started(*flags) as (process, server):
             status, answer = server.post(asked)
             assert status == 200
             texts.append(answer["choices"][0]["text"])
+            plain, scored = (server.post({**drawn, **more})[1]["choices"][0] for more in ({}, {"logprobs": 1, "n": 2}))
+            assert plain["text"] == scored["text"] != texts[-1]
+            assert len(scored["logprobs"]["tokens"]) == 6
             process.send_signal(signal.SIGINT)
             assert process.wait(20) == 0
     assert texts[0] == texts[1] != ""
