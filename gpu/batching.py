@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,11 +120,10 @@ class Steps:
 
     def _launches_of(self, count: int) -> Launches:
         """Of fewer texts keys are shared out among more blocks."""
-        partial = new_partial(self._model, count, self._model.config.max_position_embeddings)
+        among = new_partial(self._model, count, self._model.config.max_position_embeddings)
         cache = Cache(self._keys, self._values, self._table.array[:count])
-        step = replace(self._step.first(count), partial=partial)
-        allowed, samplings = self._allowed, self._samplings
-        launch = lambda: run_step(self._model, cache, step, allowed, samplings=samplings)  # noqa: E731
+        step = replace(self._step.first(count), partial=among)
+        launch = partial(run_step, self._model, cache, step, self._allowed, samplings=self._samplings)
         return Launches(self._model.device, launch, trial_of(self._model, step))
 
 

@@ -335,8 +335,7 @@ class SamplingDecoder(CachedDecoder):
     """Ids are chosen on the device, and only they are copied.
 
     A text's numbers are of its seed alone, whatever the other texts are. A seed gives other ids than in the reference,
-    from the same distribution. In place of logits, `start` and `step` return what leaves one id to whoever samples
-    from them: 0 for the chosen id, the lowest number for all others; NaN where the model's logits are not finite.
+    from the same distribution. In place of logits, `start` and `step` return the ids that follow, int32 (N).
     """
 
     def __init__(
@@ -358,8 +357,4 @@ class SamplingDecoder(CachedDecoder):
         return super().start(prompts, capacity)
 
     def _outcome(self) -> NDArray:
-        ids = self.chosen()
-        rows = np.full((len(ids), self.config.vocab_size), np.finfo(np.float32).min, np.float32)
-        rows[np.arange(len(ids)), ids] = 0
-        rows[ids < 0] = np.nan
-        return rows
+        return self.chosen()

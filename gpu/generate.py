@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 
 from numpy.typing import ArrayLike
 
@@ -11,7 +10,7 @@ from neox.gpu.decode import CachedDecoder, SamplingDecoder
 from neox.gpu.model import Model
 from neox.reference.generate import Piece, Request, one_sequence
 from neox.reference.generate import stream as stream_with
-from neox.reference.sampling import GREEDY, Sampling
+from neox.reference.sampling import Sampling
 from neox.reference.tokenizer import Tokenizer
 
 
@@ -42,10 +41,7 @@ def stream(
     progress: Callable[[int], object] = lambda _: None,
 ) -> Iterator[Piece]:
     """As that of reference/generate.py, of the same requests."""
-    decoder = decoder_for(model, requests, tokenizer, progress)
-    if isinstance(decoder, SamplingDecoder):  # the filters would take milliseconds to find the only id that is left
-        requests = [replace(request, sampling=GREEDY) for request in requests]
-    return stream_with(decoder, requests, tokenizer)
+    return stream_with(decoder_for(model, requests, tokenizer, progress), requests, tokenizer)
 
 
 def generate(

@@ -31,7 +31,11 @@ from neox.reference.tokenizer import END_OF_TEXT, Tokenizer, Utf8Stream
 
 
 class Decoder(Protocol):
-    """A model and the texts that it is in the middle of."""
+    """A model and the texts that it is in the middle of.
+
+    One that chooses ids itself, each with its text's sampling, returns the chosen ids (B,) wherever another returns
+    logits; -1 where they were not finite. Of such texts there are no log-probabilities.
+    """
 
     @property
     def config(self) -> Config: ...
@@ -260,7 +264,7 @@ def _loop(decoder: Decoder, texts: list[Continuation]) -> Iterator[Piece]:
     logits = decoder.start([text.ids for text in texts], longest + steps - 1)
     while True:
         for text, row in zip(texts, logits, strict=True):
-            yield text.take(row)
+            yield text.take(row) if row.ndim else text.append(int(row), None)
         going = [i for i, text in enumerate(texts) if text.finish_reason is None]
         if not going:
             return
