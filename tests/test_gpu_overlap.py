@@ -84,21 +84,21 @@ def test_threads_wait_for_those_that_wait_for_earlier_launches(kernels) -> None:
 def test_a_fault_of_either_is_told_and_the_device_goes_on(kernels, first, later) -> None:
     device = HostDevice()
     x, y, _ = ones(device)
-    by = np.array(0, I32)
+    by = [I32(0)]
 
     def launch() -> None:
         for kernel in (first, later):
             source = kernels[kernel != "scale"]
-            arguments: list[Argument] = [x, F32(2)] if kernel == "scale" else [x, y, by[()]]
+            arguments: list[Argument] = [x, F32(2)] if kernel == "scale" else [x, y, by[0]]
             device.launch(source, kernel, 1, 64, arguments)
 
     launch()
-    by[...] = 1000
+    by[0] = I32(1000)
     graph = device.capture(launch, overlapped=True)
     for _ in range(4):
         with pytest.raises(KernelError, match=r"early_fault.*read of memory that is not the kernel's"):
             graph.replay()
-    by[...] = 0
+    by[0] = I32(0)
     launch()
 
 

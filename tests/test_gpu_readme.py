@@ -55,5 +55,6 @@ def test_every_kernel_is_in_the_table() -> None:
 
 
 def test_the_mutants_are_counted() -> None:
-    count = sum(map(len, (OF_KERNELS, OF_THE_HOST, OF_ASSEMBLY, OF_THE_PROTOCOL, OF_WAITS, TOO_EARLY)))
+    on_the_cpu = len(OF_KERNELS) + len(OF_THE_HOST) + len(OF_THE_PROTOCOL) + len(OF_WAITS)
+    count = on_the_cpu + len(OF_ASSEMBLY) + len(TOO_EARLY)
     assert re.findall(r"\[(\d+) mutants\]", TEXT) == [str(count)]
