@@ -167,21 +167,21 @@ def new_workspace(model: Model, count: int) -> Workspace:
 
 
 FEW = 4  # rows for which matvec has instructions to spare for each weight
-BATCH = 64  # rows up to which wide keeps up with the memory
-MANY = 256  # rows up to which reading the weights takes a card longer than multiplying them
+MANY = 64  # rows up to which wide keeps up with the memory
 
 
 def linear(x: Array, p: Linear, out: Array) -> None:  # (N,I) -> float32 (N,O)
     """x W^T. The bias is added by the kernel that reads the result.
 
-    Up to MANY rows by kernels of ours, which a graph can hold; tensor cores take no float32.
+    Up to MANY rows by kernels of ours, which a graph can hold. Tensor cores take no float32; where a multiprocessor has
+    too little memory for wide, gemm takes its place.
     """
     rows = x.shape[0]
     if rows > MANY:
         x.device.matmul(x, p.weight, out)
     elif rows <= FEW or x.dtype == np.float32:
         ops.matvec(x, p.weight, out)
-    elif rows <= BATCH and ops.can_wide(x.device, x.dtype, rows):
+    elif ops.can_wide(x.device, x.dtype, rows):
         ops.wide(x, p.weight, out)
     else:
         ops.gemm(x, p.weight, out)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from neox.gpu import ops
 from neox.gpu.device import Array, CaptureError, Device, HostDevice, dtype_named
-from neox.gpu.model import BATCH, FEW, MANY, Linear, linear
+from neox.gpu.model import FEW, MANY, Linear, linear
 
 STEP = 2.0**-24  # largest relative error of one rounding in float32
 Product = Callable[[Array, Array, Array], None]
@@ -313,7 +313,7 @@ def test_shapes_and_dtypes_are_checked(product) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, FEW, FEW + 1, BATCH, BATCH + 1, MANY, MANY + 1])
+@pytest.mark.parametrize("rows", [1, FEW, FEW + 1, 32, 33, MANY, MANY + 1])
 def test_linear_is_right_and_can_be_captured_up_to_many_rows(rows, dtype) -> None:
     def product(x: Array, weight: Array, out: Array) -> None:
         linear(x, Linear(weight, None), out)
@@ -324,3 +324,10 @@ def test_linear_is_right_and_can_be_captured_up_to_many_rows(rows, dtype) -> Non
                 out.device.capture(lambda: linear(x, Linear(weight, None), out))
 
     check(all_devices()[0], product, *factors(rows, 24, 40, dtype, 1, 0), 2 * 2 * 40)
+
+
+def test_where_wide_finds_no_room_gemm_takes_its_place(monkeypatch) -> None:
+    monkeypatch.setattr(ops, "can_wide", lambda *_: False)
+    monkeypatch.setattr(ops, "wide", None)
+    product = lambda x, weight, out: linear(x, Linear(weight, None), out)  # noqa: E731
+    check(all_devices()[0], product, *factors(33, 24, 40, "float16", 1, 0), 2 * 2 * 40)
