@@ -20,6 +20,7 @@ from static_performance import (
     machine_codes,
     main_loop,
     nvdisasm,
+    on_the_way,
     resident_blocks,
 )
 
@@ -129,6 +130,33 @@ def test_a_division_of_64_bits_for_each_slice_is_seen(tmp_path: Path) -> None:
     assert not shortfalls(case, estimate(case))
     slow = replace(case, source=replace(case.source, folder=tmp_path))
     assert shortfalls(slow, estimate(slow)) == {"instructions"}
+
+
+# Loops that wait for the caches in every turn, and why that does no harm. Of all others a turn asks for 14 bytes a lane.
+SHORT = {
+    "all_reduce.cu": "it waits for other devices, and adds up what it has asked for before",
+    "attention_decode.cu": "few splits are joined",
+    "embedding.cu": "of a rank's share, which goes into a sum over ranks",
+    "sample.cu": "what is left when eight at a time have been taken",
+    "sum_parts.cu": "parts of few ranks, each number by a thread",
+}
+
+
+@pytest.mark.parametrize("source", ops.SOURCES, ids=lambda source: source.file)
+def test_no_loop_waits_for_each_number(source: Source) -> None:
+    """A number from the second-level cache takes 270 cycles: a block that norms a row so would take 8 us of 54."""
+    kernels = {kernel: code for kernel, code in machine_codes(source) if "naive" not in kernel}
+    waiting = {kernel for kernel, code in kernels.items() for body in loops(code) if on_the_way(body) < 14}
+    assert bool(waiting) == (source.file in SHORT), waiting
+
+
+def test_a_norm_that_waits_for_each_number_is_seen(tmp_path: Path) -> None:
+    text = (KERNELS / "common.cuh").read_text(encoding="utf-8")
+    assert "int AHEAD = 8" in text
+    (tmp_path / "common.cuh").write_text(text.replace("int AHEAD = 8", "int AHEAD = 1"), encoding="utf-8")
+    (tmp_path / "fused_qkv.cu").write_text((KERNELS / "fused_qkv.cu").read_text(encoding="utf-8"), encoding="utf-8")
+    with pytest.raises(AssertionError):
+        test_no_loop_waits_for_each_number(replace(ops.FUSED_QKV, folder=tmp_path))
 
 
 # How much of what is streamed each kernel asks for before the launches before it have ended: instructions of a lane.

@@ -10,6 +10,7 @@
 #include "ptx.cuh"
 
 struct Best { float logit; int id; };  // id -1: none
+struct Candidate { float logit; unsigned char allowed; };
 
 __device__ __forceinline__ Best better(Best a, Best b) {
     if (a.logit != b.logit) return a.logit > b.logit ? a : b;
@@ -31,12 +32,12 @@ argmax(const float* __restrict__ logits, const unsigned char* __restrict__ allow
     __shared__ Best of_warp[32];
     const float* row = logits + static_cast<long long>(blockIdx.x) * V;
     Best best{-infinity, -1};
-    for (int v = threadIdx.x; v < V; v += blockDim.x) {
-        if (allowed && !allowed[v]) continue;
+    auto load = [&](int v) { return Candidate{row[v], allowed ? allowed[v] : static_cast<unsigned char>(1)}; };
+    share_out(V, load, [&](int v, Candidate c) {
         // What is not finite beats all others, and its id of -1 remains.
-        bool finite = fabsf(row[v]) <= largest;
-        best = better(best, finite ? Best{row[v], v} : Best{infinity, -1});
-    }
+        bool finite = fabsf(c.logit) <= largest;
+        if (c.allowed) best = better(best, finite ? Best{c.logit, v} : Best{infinity, -1});
+    });
     best = warp_best(best);
     int lane = threadIdx.x % 32, warps = blockDim.x / 32;
     if (lane == 0) of_warp[threadIdx.x / 32] = best;

@@ -1,4 +1,4 @@
-// Sums over a warp and over a block.
+// Sums over a warp and over a block, and how a block shares out a row.
 #pragma once
 #include "types.cuh"
 
@@ -40,4 +40,19 @@ template <class T> __device__ __forceinline__ T block_sum(T x, T* partial) {
     x = warp_sum(lane < warps ? partial[lane] : T(0));
     __syncthreads();  // all have read before the next call overwrites
     return x;
+}
+
+// use(i, load(i)) for a thread's share of 0 to n - 1: i = threadIdx.x, then every blockDim.x-th, in that order. AHEAD of
+// them are asked for at a time: were each used before the next is asked for, a thread would wait for the caches each time.
+template <int AHEAD = 8, class Load, class Use> __device__ __forceinline__ void share_out(int n, Load load, Use use) {
+    const int step = blockDim.x;
+    for (int first = threadIdx.x; first < n; first += AHEAD * step) {
+        decltype(load(0)) x[AHEAD];
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++)
+            if (first + k * step < n) x[k] = load(first + k * step);
+#pragma unroll
+        for (int k = 0; k < AHEAD; k++)
+            if (first + k * step < n) use(first + k * step, x[k]);
+    }
 }

@@ -20,7 +20,7 @@ template <class T> __global__ void embedding(const int* __restrict__ ids, const 
     after_earlier_launches();
     const T* row = table + static_cast<long long>(ids[blockIdx.x]) * C;  // V C exceeds 2^31 in no model, N C may
     float* out = x + static_cast<long long>(blockIdx.x) * C;
-    for (int c = threadIdx.x; c < C; c += blockDim.x) out[c] = to_float(row[c]);
+    share_out(C, [&](int c) { return row[c]; }, [&](int c, T number) { out[c] = to_float(number); });
 }
 
 template <class T> __global__ void embedding_share(const int* __restrict__ ids, const T* __restrict__ table,

@@ -39,8 +39,15 @@ layer_norm(const float* __restrict__ x, const T* __restrict__ weight, const T* _
     after_earlier_launches();
     const long long first = static_cast<long long>(blockIdx.x) * C;
     Statistics s = row_statistics(x + first, C, eps);
-    for (int c = threadIdx.x; c < C; c += blockDim.x) y[first + c] = normalized(x[first + c], s, weight[c], bias[c]);
+    share_out(C, [&](int c) { return Term<T>{x[first + c], weight[c], bias[c]}; },
+              [&](int c, const Term<T>& t) { y[first + c] = normalized(t, s); });
 }
+
+// What the two norms make of one number.
+template <class T> struct Both {
+    Term<T> first;
+    T weight, bias;  // of the second
+};
 
 template <class T> __global__ void __launch_bounds__(1024)
 layer_norm_pair(const float* __restrict__ x, const T* __restrict__ weight1, const T* __restrict__ bias1,
@@ -49,8 +56,9 @@ layer_norm_pair(const float* __restrict__ x, const T* __restrict__ weight1, cons
     after_earlier_launches();
     const long long first = static_cast<long long>(blockIdx.x) * C;
     Statistics s = row_statistics(x + first, C, eps);
-    for (int c = threadIdx.x; c < C; c += blockDim.x) {
-        y1[first + c] = normalized(x[first + c], s, weight1[c], bias1[c]);
-        y2[first + c] = normalized(x[first + c], s, weight2[c], bias2[c]);
-    }
+    auto load = [&](int c) { return Both<T>{{x[first + c], weight1[c], bias1[c]}, weight2[c], bias2[c]}; };
+    share_out<4>(C, load, [&](int c, const Both<T>& both) {
+        y1[first + c] = normalized(both.first, s);
+        y2[first + c] = normalized(Term<T>{both.first.x, both.weight, both.bias}, s);
+    });
 }

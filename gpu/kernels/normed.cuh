@@ -21,7 +21,7 @@ template <class T> __device__ __forceinline__ void norm_rows(const Norm<T>& norm
     for (int n = 0; n < N; n++) {
         const float* row = norm.x + n * C;
         const Statistics s = row_statistics(row, C, norm.eps);
-        for (int c = threadIdx.x; c < C; c += blockDim.x)
-            rows[n * normed_row(C) + c] = normalized(row[c], s, norm.weight[c], norm.bias[c]);
+        share_out(C, [&](int c) { return Term<T>{row[c], norm.weight[c], norm.bias[c]}; },
+                  [&](int c, const Term<T>& t) { rows[n * normed_row(C) + c] = normalized(t, s); });
     }
 }
