@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from dataclasses import replace
 from types import SimpleNamespace
@@ -248,6 +249,32 @@ MUTANTS = [
     removed("residual.cu", "void residual_pair", 2),
     removed("attention_decode.cu", "\nattention_decode_split", 2),
 ]  # fmt: skip
+
+
+# What no launch of a step writes, by the names of the kernels' parameters: only the host does, between replays.
+UNWRITTEN = {
+    *("weight", "weight1", "weight2", "bias", "bias1", "bias2", "bias_m", "bias_a", "gain", "shift", "table"),
+    *("up", "up_bias", "dense", "dense_bias", "down", "down_bias", "cos", "sin", "pages", "texts", "tiles"),
+    *("allowed", "temperatures", "top_k", "top_p", "min_p", "seeds", "mailboxes"),
+}
+
+
+def taken_for_constant(text: str) -> set[str]:
+    """What a compiler may read at any time, and by a cache that no wait clears."""
+    return set(re.findall(r"__restrict__\s+(\w+)", text)) | set(re.findall(r"__ldg(?=\()", text))
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in KERNELS.glob("*.cu*")))
+def test_what_launches_write_is_not_taken_for_constant(file: str) -> None:
+    text = (KERNELS / file).read_text()
+    assert taken_for_constant(text) <= UNWRITTEN
+
+
+def test_a_residual_stream_that_is_taken_for_constant_is_seen() -> None:
+    text = (KERNELS / "fused_qkv.cu").read_text()
+    wrong = text.replace("const float* x,", "const float* __restrict__ x,")
+    assert taken_for_constant(wrong) - UNWRITTEN == {"x"}
+    assert taken_for_constant("return __ldg(p);") - UNWRITTEN == {"__ldg"}
 
 
 def survives(*step: object) -> bool:

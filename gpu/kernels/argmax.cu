@@ -26,7 +26,7 @@ __device__ __forceinline__ Best warp_best(Best best) {
 }
 
 extern "C" __global__ void __launch_bounds__(1024)
-argmax(const float* __restrict__ logits, const unsigned char* __restrict__ allowed, int* __restrict__ ids, int V) {
+argmax(const float* logits, const unsigned char* __restrict__ allowed, int* ids, int V) {
     after_earlier_launches();
     const float largest = 3.40282347e38f, infinity = __int_as_float(0x7f800000);  // NVRTC has no <cmath>
     __shared__ Best of_warp[32];

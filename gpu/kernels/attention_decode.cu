@@ -57,9 +57,9 @@ template <class T> __global__ void attention_decode_naive(const T* q, const T* k
 }
 
 template <class T, int D> __global__ void __launch_bounds__(ATTENTION_THREADS, ATTENTION_BLOCKS<T>)
-attention_decode_split(const T* __restrict__ q, const T* __restrict__ keys, const T* __restrict__ values,
+attention_decode_split(const T* q, const T* keys, const T* values,
                        const int* __restrict__ pages, const int* __restrict__ texts,
-                       const int* __restrict__ positions, float* __restrict__ partial, int H, int P, int S) {
+                       const int* positions, float* partial, int H, int P, int S) {
     after_earlier_launches();
     __shared__ Groups<T, D, ATTENTION_THREADS> groups;
     const int n = blockIdx.x / H, h = blockIdx.x % H;
@@ -70,7 +70,7 @@ attention_decode_split(const T* __restrict__ q, const T* __restrict__ keys, cons
     attend(q + static_cast<long long>(blockIdx.x) * D, text, first, last, groups, out);
 }
 
-template <class T> __global__ void attention_decode_combine(const float* __restrict__ partial, T* __restrict__ z,
+template <class T> __global__ void attention_decode_combine(const float* partial, T* z,
                                                             int splits, int D) {
     after_earlier_launches();
     const long long index = blockIdx.x;

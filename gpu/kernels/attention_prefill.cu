@@ -196,8 +196,8 @@ __device__ __forceinline__ void store(const Averages<D>& averages, T* z, int cou
 }
 
 template <class T, int D> __global__ void __launch_bounds__(PREFILL_THREADS, Shape<D>::BLOCKS)
-attention_prefill(const T* __restrict__ q, const T* __restrict__ keys, const T* __restrict__ values,
-                  const int* __restrict__ pages, const int* __restrict__ tiles, T* __restrict__ z, int H, int P,
+attention_prefill(const T* q, const T* keys, const T* values,
+                  const int* __restrict__ pages, const int* __restrict__ tiles, T* z, int H, int P,
                   int S) {
     after_earlier_launches();
     constexpr int KEYS = Shape<D>::KEYS;

@@ -15,16 +15,16 @@
 #include "common.cuh"
 #include "ptx.cuh"
 
-template <class T> __global__ void embedding(const int* __restrict__ ids, const T* __restrict__ table,
-                                             float* __restrict__ x, int C) {
+template <class T> __global__ void embedding(const int* ids, const T* __restrict__ table,
+                                             float* x, int C) {
     after_earlier_launches();
     const T* row = table + static_cast<long long>(ids[blockIdx.x]) * C;  // V C exceeds 2^31 in no model, N C may
     float* out = x + static_cast<long long>(blockIdx.x) * C;
     share_out(C, [&](int c) { return row[c]; }, [&](int c, T number) { out[c] = to_float(number); });
 }
 
-template <class T> __global__ void embedding_share(const int* __restrict__ ids, const T* __restrict__ table,
-                                                   float* __restrict__ x, int first, int V, int C) {
+template <class T> __global__ void embedding_share(const int* ids, const T* __restrict__ table,
+                                                   float* x, int first, int V, int C) {
     after_earlier_launches();
     const int held = ids[blockIdx.x] - first;
     const T* row = table + static_cast<long long>(held) * C;

@@ -86,11 +86,11 @@ template <class T, class Activation> struct UpWork {
 };
 
 template <class T, class Activation, int D, int ROWS> __global__ void __launch_bounds__(STREAM_THREADS, 2)
-fused_mlp(const float* __restrict__ x, const T* __restrict__ gain, const T* __restrict__ shift,
-          const T* __restrict__ up, const T* __restrict__ up_bias, T* __restrict__ activated, const T* __restrict__ q,
-          const T* __restrict__ keys, const T* __restrict__ values, const int* __restrict__ pages,
-          const int* __restrict__ texts, const int* __restrict__ positions, float* partial, T* __restrict__ z,
-          unsigned* __restrict__ arrived, unsigned* __restrict__ taken, int attending, int splits, int N, int C, int F,
+fused_mlp(const float* x, const T* __restrict__ gain, const T* __restrict__ shift,
+          const T* __restrict__ up, const T* __restrict__ up_bias, T* activated, const T* q,
+          const T* keys, const T* values, const int* __restrict__ pages,
+          const int* __restrict__ texts, const int* positions, float* partial, T* z,
+          unsigned* arrived, unsigned* taken, int attending, int splits, int N, int C, int F,
           int H, int P, int S, float eps) {
     DYNAMIC_SHARED(T, normed);
     const Attention<T> attention{q,         keys,    values, {pages, P, H, S, D}, texts,

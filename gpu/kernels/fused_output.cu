@@ -33,7 +33,7 @@ template <class T> struct OutputWork {
         const int first = rounds_of(I);
         return round < first ? part_of(dense, I, z, I, I, round) : part_of(down, F, activated, F, F, round - first);
     }
-    __device__ __forceinline__ uint4 load_x(const T* p) const { return __ldg(reinterpret_cast<const uint4*>(p)); }
+    __device__ __forceinline__ uint4 load_x(const T* p) const { return load_global(p); }
     __device__ __forceinline__ void prepare() const {}
     __device__ __forceinline__ float biased(int c, float sum) const {
         return sum + ((dense_bias ? to_float(dense_bias[c]) : 0.0f) + (down_bias ? to_float(down_bias[c]) : 0.0f));
@@ -47,9 +47,9 @@ template <class T> struct OutputWork {
 };
 
 template <class T, int ROWS> __global__ void __launch_bounds__(STREAM_THREADS, 2)
-fused_output(const T* __restrict__ z, const T* __restrict__ dense, const T* __restrict__ dense_bias,
-             const T* __restrict__ activated, const T* __restrict__ down, const T* __restrict__ down_bias,
-             const float* before, float* x, unsigned* __restrict__ taken, int N, int C, int I, int F) {
+fused_output(const T* z, const T* __restrict__ dense, const T* __restrict__ dense_bias,
+             const T* activated, const T* __restrict__ down, const T* __restrict__ down_bias,
+             const float* before, float* x, unsigned* taken, int N, int C, int I, int F) {
     const int rounds = rounds_of(I) + rounds_of(F);
     stream<T, ROWS>(OutputWork<T>{z, dense, dense_bias, activated, down, down_bias, before, x, taken, N, C, I, F,
                                   rounds});

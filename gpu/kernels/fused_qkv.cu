@@ -74,11 +74,11 @@ template <class T> struct QkvWork {
 };
 
 template <class T, int ROWS> __global__ void __launch_bounds__(STREAM_THREADS, 2)
-fused_qkv(const float* __restrict__ x, const T* __restrict__ gain, const T* __restrict__ shift,
+fused_qkv(const float* x, const T* __restrict__ gain, const T* __restrict__ shift,
           const T* __restrict__ weight, const T* __restrict__ bias, const float* __restrict__ cos,
-          const float* __restrict__ sin, const int* __restrict__ texts, const int* __restrict__ positions,
-          T* __restrict__ q, T* __restrict__ keys, T* __restrict__ values, const int* __restrict__ pages,
-          unsigned* __restrict__ taken, int N, int C, int H, int D, int R, int P, int S,
+          const float* __restrict__ sin, const int* __restrict__ texts, const int* positions,
+          T* q, T* keys, T* values, const int* __restrict__ pages,
+          unsigned* taken, int N, int C, int H, int D, int R, int P, int S,
           float eps) {
     DYNAMIC_SHARED(T, normed);
     stream<T, ROWS>(QkvWork<T>{{x, gain, shift, eps}, weight, bias, {cos, sin, texts, positions}, q, keys, values,

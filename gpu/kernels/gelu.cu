@@ -12,8 +12,8 @@
 #include "activation.cuh"
 #include "ptx.cuh"
 
-template <class T, class Activation> __global__ void bias_gelu(const float* __restrict__ x, const T* __restrict__ bias,
-                                                               T* __restrict__ y, int F) {
+template <class T, class Activation> __global__ void bias_gelu(const float* x, const T* __restrict__ bias,
+                                                               T* y, int F) {
     after_earlier_launches();
     int f = blockIdx.x * blockDim.x + threadIdx.x;
     if (f >= F) return;

@@ -59,7 +59,7 @@ __device__ __forceinline__ void store(const float (&sum)[2][4][4], float* y, int
 }
 
 template <class T> __global__ void __launch_bounds__(THREADS)
-gemm(const T* __restrict__ x, const T* __restrict__ weight, float* __restrict__ y, int N, int O, int I) {
+gemm(const T* x, const T* __restrict__ weight, float* y, int N, int O, int I) {
     after_earlier_launches();
     __shared__ __align__(16) T x_slices[STAGES][TILE][PITCH];
     __shared__ __align__(16) T weight_slices[STAGES][TILE][PITCH];

@@ -34,7 +34,7 @@ template <class T> __global__ void layer_norm_naive(const float* x, const T* wei
 }
 
 template <class T> __global__ void __launch_bounds__(1024)
-layer_norm(const float* __restrict__ x, const T* __restrict__ weight, const T* __restrict__ bias, T* __restrict__ y,
+layer_norm(const float* x, const T* __restrict__ weight, const T* __restrict__ bias, T* y,
            int C, float eps) {
     after_earlier_launches();
     const long long first = static_cast<long long>(blockIdx.x) * C;
@@ -50,8 +50,8 @@ template <class T> struct Both {
 };
 
 template <class T> __global__ void __launch_bounds__(1024)
-layer_norm_pair(const float* __restrict__ x, const T* __restrict__ weight1, const T* __restrict__ bias1,
-                const T* __restrict__ weight2, const T* __restrict__ bias2, T* __restrict__ y1, T* __restrict__ y2,
+layer_norm_pair(const float* x, const T* __restrict__ weight1, const T* __restrict__ bias1,
+                const T* __restrict__ weight2, const T* __restrict__ bias2, T* y1, T* y2,
                 int C, float eps) {
     after_earlier_launches();
     const long long first = static_cast<long long>(blockIdx.x) * C;

@@ -22,7 +22,7 @@ template <class T> __device__ __forceinline__ const T* row(const T* matrix, int 
 }
 
 template <class T, int ROWS> __global__ void __launch_bounds__(256, 2)
-matvec(const T* __restrict__ x, const T* __restrict__ weight, float* __restrict__ y, int N, int O, int I) {
+matvec(const T* x, const T* __restrict__ weight, float* y, int N, int O, int I) {
     after_earlier_launches();
     constexpr int STEPS = (ROWS > 4 ? 8 : 16) / OUTPUTS / sizeof(T);
     int lane = threadIdx.x % 32, n = blockIdx.y * ROWS;

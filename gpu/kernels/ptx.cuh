@@ -12,6 +12,10 @@
 // after this may it touch what others write or, by writing, what others read. That leaves it weights to ask for before.
 // The next launch may begin as soon as all blocks have come here and there is room. Every thread, in every kernel of a
 // step: a launch that did not wait for those before it would end too early for those after it.
+//
+// Of what launches write nothing may be __restrict__, nor read by __ldg: a compiler may ask for it before the wait, or by
+// ld.global.nc, whose cache is outside the memory model in which the wait makes it visible (PTX ISA, "Scope and
+// applicability" of the memory consistency model). It is for weights, tables and what the host alone writes.
 __device__ __forceinline__ void after_earlier_launches(HOST_WHERE) {
     host::wait_for_launch({"after_earlier_launches", file, line});
 }
@@ -49,6 +53,9 @@ template <int KEEP> __device__ __forceinline__ void copy_async_wait() { host::as
 // used_once(). From memory come 256 bytes at a time: what follows is wanted as well.
 __device__ __forceinline__ uint64_t used_once() { return 0; }
 __device__ __forceinline__ uint4 load_once(const void* p, uint64_t) { return *static_cast<const uint4*>(p); }
+
+// 16 bytes of global memory, where a compiler cannot tell of which kind a pointer is: any other load is slower then.
+__device__ __forceinline__ uint4 load_global(const void* p) { return *static_cast<const uint4*>(p); }
 
 // Words by which devices speak to each other, and what they leave for each other to read. All that a thread wrote, or has
 // seen written before a barrier, is there for whoever reads a word that it then released.
@@ -143,6 +150,13 @@ __device__ __forceinline__ uint4 load_once(const void* p, uint64_t policy) {
     uint4 x;
     asm volatile("ld.global.nc.L1::no_allocate.L2::cache_hint.L2::256B.v4.u32 {%0,%1,%2,%3}, [%4], %5;"
                  : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p), "l"(policy));
+    return x;
+}
+
+__device__ __forceinline__ uint4 load_global(const void* p) {
+    uint4 x;
+    asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p) : "memory");
     return x;
 }
 

@@ -17,8 +17,8 @@ template <class T> __device__ __forceinline__ float biased(float y, const T* bia
     return bias ? y + to_float(bias[c]) : y;
 }
 
-template <class T> __global__ void residual(const float* __restrict__ y, const T* __restrict__ bias,
-                                            float* __restrict__ x, int C) {
+template <class T> __global__ void residual(const float* y, const T* __restrict__ bias,
+                                            float* x, int C) {
     after_earlier_launches();
     int c = blockIdx.x * blockDim.x + threadIdx.x;
     if (c >= C) return;
@@ -26,9 +26,9 @@ template <class T> __global__ void residual(const float* __restrict__ y, const T
     x[i] += biased(y[i], bias, c);
 }
 
-template <class T> __global__ void residual_pair(const float* __restrict__ m, const T* __restrict__ bias_m,
-                                                 const float* __restrict__ a, const T* __restrict__ bias_a,
-                                                 float* __restrict__ x, int C) {
+template <class T> __global__ void residual_pair(const float* m, const T* __restrict__ bias_m,
+                                                 const float* a, const T* __restrict__ bias_a,
+                                                 float* x, int C) {
     after_earlier_launches();
     int c = blockIdx.x * blockDim.x + threadIdx.x;
     if (c >= C) return;

@@ -39,10 +39,10 @@ template <class T> __device__ __forceinline__ float rotated(const float* x, cons
     return first ? value * r.cos[i] - other * r.sin[i] : value * r.cos[i] + other * r.sin[i];
 }
 
-template <class T> __global__ void rotary_append(const float* __restrict__ qkv, const T* __restrict__ bias,
+template <class T> __global__ void rotary_append(const float* qkv, const T* __restrict__ bias,
                                                  const float* __restrict__ cos, const float* __restrict__ sin,
-                                                 const int* __restrict__ texts, const int* __restrict__ positions,
-                                                 T* __restrict__ q, T* __restrict__ keys, T* __restrict__ values,
+                                                 const int* __restrict__ texts, const int* positions,
+                                                 T* q, T* keys, T* values,
                                                  const int* __restrict__ pages, int H, int D, int R, int P, int S) {
     after_earlier_launches();
     const int n = blockIdx.x / H, h = blockIdx.x % H, position = positions[n];

@@ -48,7 +48,7 @@ __device__ __forceinline__ uint64_t philox(uint64_t key, uint32_t position) {
 }
 
 extern "C" __global__ void uniform(const uint64_t* __restrict__ seeds, const int* __restrict__ texts,
-                                   const int* __restrict__ positions, uint64_t* __restrict__ numbers, int N) {
+                                   const int* positions, uint64_t* numbers, int N) {
     after_earlier_launches();
     int n = blockIdx.x * blockDim.x + threadIdx.x;
     if (n < N) numbers[n] = philox(seeds[texts[n]], positions[n]);
@@ -208,10 +208,10 @@ __device__ __forceinline__ uint64_t last_place(const Weight& weight, const Row& 
 
 // One block, or ptxas spills registers to make room for three.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-sample(const float* __restrict__ logits, const unsigned char* __restrict__ allowed,
+sample(const float* logits, const unsigned char* __restrict__ allowed,
        const float* __restrict__ temperatures, const int* __restrict__ top_k, const uint64_t* __restrict__ top_p,
-       const uint64_t* __restrict__ min_p, const int* __restrict__ texts, const uint64_t* __restrict__ numbers,
-       int* __restrict__ ids, int V) {
+       const uint64_t* __restrict__ min_p, const int* __restrict__ texts, const uint64_t* numbers,
+       int* ids, int V) {
     after_earlier_launches();
     DYNAMIC_SHARED(uint64_t, bins);
     const int n = blockIdx.x, b = texts[n];

@@ -5,7 +5,7 @@
 struct Statistics { float mean, scale; };  // scale = 1 / sqrt(variance + eps)
 
 // Of one row, in every thread of the block.
-__device__ __forceinline__ Statistics row_statistics(const float* __restrict__ row, int C, float eps) {
+__device__ __forceinline__ Statistics row_statistics(const float* row, int C, float eps) {
     __shared__ float partial[32];
     const auto number = [&](int c) { return row[c]; };
     float sum = 0.0f;

@@ -8,7 +8,7 @@
 #include "common.cuh"
 #include "ptx.cuh"
 
-extern "C" __global__ void sum_parts(const float* __restrict__ parts, float* __restrict__ x, int P, int n) {
+extern "C" __global__ void sum_parts(const float* parts, float* x, int P, int n) {
     after_earlier_launches();
     int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) return;

@@ -140,8 +140,8 @@ __device__ __forceinline__ void add_parts(const float* partial, const Shares& sh
 }
 
 template <class T, int ROWS> __global__ void __launch_bounds__(THREADS, 2)
-wide(const T* __restrict__ x, const T* __restrict__ weight, float* __restrict__ y, float* partial,
-     unsigned* __restrict__ arrived, int N, int O, int I) {
+wide(const T* x, const T* __restrict__ weight, float* y, float* partial,
+     unsigned* arrived, int N, int O, int I) {
     DYNAMIC_SHARED(char, memory);
     __shared__ bool joins;
     Slice<T, ROWS>* ring = reinterpret_cast<Slice<T, ROWS>*>(memory);
