@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +33,25 @@ def test_the_kernels_run_clean(part: int, mode: str) -> None:
     result = subprocess.run(command, env=environment(mode) | python_path(), capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (0, "all checks pass\n"), result.stdout + result.stderr
     assert "Sanitizer" not in result.stderr, result.stderr
+
+
+OVERLAPPED = """
+import sys
+from pathlib import Path
+from devices import host
+from test_gpu_overlap import check_sum
+from test_host_device import sources
+for order in ("forward", "reverse"):
+    check_sum(host(order, 0, sys.argv[1]), sources(Path(sys.argv[2]), "faulty.cu"))
+print("all checks pass")
+"""
+
+
+@pytest.mark.parametrize("mode", ["thread", "address"])
+def test_launches_that_begin_early_run_clean(mode: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", OVERLAPPED, mode, str(tmp_path)]
+    result = subprocess.run(command, env=environment(mode) | python_path(), capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "all checks pass\n"), result.stdout + result.stderr
 
 
 def python_path() -> dict[str, str]:

@@ -174,6 +174,9 @@ static void learn_launcher() {
 
 enum Outcome { RAN = 0, FAILED = 1, WAITS = 2 };  // WAITS: for the launch before it, and is to be resumed then
 
+// Threads that wait for the launch before theirs have read it, and are not ordered before this: no race (sanitizers.h).
+HOST_UNCHECKED __attribute__((noinline)) static void nobody_runs() { running = nullptr; }
+
 // `failure` says why, if it failed.
 static Outcome go_on() {
     learn_launcher();
@@ -184,7 +187,7 @@ static Outcome go_on() {
         else fail("no memory for the shared memory of a block");
         run_grid();
     }
-    running = nullptr;
+    nobody_runs();
 #if HOST_ASAN
     if (failed) __asan_unpoison_memory_region(request.stacks.base, request.stacks.threads * Stacks::STRIDE);
 #endif
@@ -199,7 +202,7 @@ static Outcome launch(const Launch& wanted, void (*call)(void*), void* arguments
     kernel_arguments = arguments;
     failed = false;
     failure = Failure{};
-    running = nullptr;
+    nobody_runs();
     random_state = (wanted.seed + 1) * 0x9e3779b97f4a7c15ull;
     progress.in_block = false;
     return go_on();
