@@ -110,13 +110,14 @@ class Steps:
             self._sampled = samplings
 
     def _make_room(self, most: int) -> None:
+        """All of it, or nothing changes: a device that has no memory left serves fewer texts as before."""
         device = self._model.device
+        step = new_step(self._model, most, self._model.config.max_position_embeddings)
+        step.place.texts.set(np.arange(most, dtype=np.int32))
+        table, samplings = device.empty((most, self._width), np.int32), new_samplings(device, most)
         self._most, self._launches = most, {}
-        self._step = new_step(self._model, most, self._model.config.max_position_embeddings)
-        self._step.place.texts.set(np.arange(most, dtype=np.int32))
-        self._ids, self._positions = Known(self._step.ids), Known(self._step.place.positions)
-        self._table = Known(device.empty((most, self._width), np.int32))
-        self._samplings, self._sampled = new_samplings(device, most), []
+        self._step, self._ids, self._positions = step, Known(step.ids), Known(step.place.positions)
+        self._table, self._samplings, self._sampled = Known(table), samplings, []
 
     def _launches_of(self, count: int) -> Launches:
         """Of fewer texts keys are shared out among more blocks."""

@@ -385,6 +385,25 @@ def check_again() -> None:
     assert [replace(event, index=0) for event in events] == [*first, *alone(device, "float32", job)[1:]]
 
 
+def check_full() -> None:
+    """Where there is no memory for more texts a step fails; when there is some again they are as alone."""
+    device, job = all_devices()[0], Job(Request((3,) * 5, 4, Sampling(1.0, seed=1)))
+    batch = Batch(DeviceBackend(model(device), 40, 8), Limits(40))
+    for steps in (2, 1):  # alone, and beside a prompt
+        batch.submit(job)
+        for _ in range(steps):
+            batch.step()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batching, "new_step", lambda *_: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            batch.step()
+    handles = [batch.submit(job) for _ in range(2)]
+    heard = [event for _ in range(4) for event in batch.step() if isinstance(event, Piece)]
+    for handle in handles:
+        own = [replace(event, index=0) for event in heard if event.index == handle]
+        assert own == alone(device, "float32", job)
+
+
 def check_damaged() -> None:
     """Logits that are not finite end only their text: after a prompt with a damaged id, and after that id itself."""
     device, sampling = all_devices()[0], Sampling(1.0, seed=2)
@@ -415,6 +434,7 @@ CHECKS = {
         "padding": check_padding,
         "copies": check_copies,
         "again": check_again,
+        "full": check_full,
         "damaged": check_damaged,
     },
 }
@@ -453,6 +473,7 @@ MUTANTS = [
     of(Steps, "_tell", "pages kept", "kinds", ("self._table.set(table)", ONCE.format("table", "table"))),
     of(Steps, "run", "launches of any number", "kinds", ("not in self._launches", "!= 1 or not self._launches")),
     of(Steps, "run", "memory for the first texts only", "kinds", ("> self._most", "> self._most == 0")),
+    of(Steps, "_make_room", "room that is not there", "full", ("step = new", "self._most = most; step = new")),
     of(Steps, "_make_room", "texts in reverse", "kinds", ("dtype=np.int32))", "dtype=np.int32)[::-1])")),
     of(DeviceBackend, "open", "nothing shared at once", "room", ("capacity, ids)", "capacity, ())")),
     of(DeviceBackend, "recall", "nothing shared later", "sharing", ("self._pool.recall(memory, ids)", "memory.length")),

@@ -132,7 +132,8 @@ def test_a_division_of_64_bits_for_each_slice_is_seen(tmp_path: Path) -> None:
     assert shortfalls(slow, estimate(slow)) == {"instructions"}
 
 
-# Loops that wait for the caches in every turn, and why that does no harm. Of all others a turn asks for 14 bytes a lane.
+# Loops that wait for the caches in every turn, and why that does no harm. Of all others a turn asks for 14 bytes of a
+# lane.
 SHORT = {
     "all_reduce.cu": "it waits for other devices, and adds up what it has asked for before",
     "attention_decode.cu": "few splits are joined",
