@@ -47,7 +47,7 @@ template <class T> __device__ __forceinline__ T block_sum(T x, T* partial) {
 template <int AHEAD = 8, class Load, class Use> __device__ __forceinline__ void share_out(int n, Load load, Use use) {
     const int step = blockDim.x;
     for (int first = threadIdx.x; first < n; first += AHEAD * step) {
-        decltype(load(0)) x[AHEAD];
+        decltype(load(0)) x[AHEAD] = {};
 #pragma unroll
         for (int k = 0; k < AHEAD; k++)
             if (first + k * step < n) x[k] = load(first + k * step);
