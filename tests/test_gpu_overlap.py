@@ -6,6 +6,7 @@ import os
 import re
 import warnings
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,7 +24,7 @@ from neox.gpu import driver, launches, ops
 from neox.gpu.decode import CachedDecoder, SamplingDecoder
 from neox.gpu.device import Argument, Array, CudaDevice, Device, HostDevice
 from neox.gpu.host.build import cache_folder
-from neox.gpu.host.module import KernelError
+from neox.gpu.host.module import HostLaunch, KernelError, _in_pairs
 from neox.gpu.launches import Launches, Trial, captured
 from neox.gpu.source import KERNELS, Source
 from neox.reference.sampling import Sampling
@@ -84,6 +85,21 @@ def check_sum(device: Device, source: Source) -> None:
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_threads_wait_for_those_that_wait_for_earlier_launches(tmp_path, schedule) -> None:
     check_sum(host(*schedule), sources(tmp_path, "faulty.cu"))
+
+
+@given(st.lists(st.sampled_from("abc")))
+def test_every_launch_that_can_is_early_in_one_of_two_replays(modules: list[str]) -> None:
+    """It cannot if the one before it is of the same library. All run, in order but for that."""
+    launches = [HostLaunch(SimpleNamespace(module=module), *5 * (None,), i) for i, module in enumerate(modules)]  # type: ignore[arg-type]
+    early = []
+    for first in range(2):
+        ran = []
+        for run in _in_pairs(launches, first):
+            second, *before = (run.func, *run.args) if isinstance(run, partial) else (run,)
+            early += [second.seed for _ in before]
+            ran += [launch.seed for launch in (*before, second)]
+        assert ran == list(range(len(modules)))
+    assert sorted(early) == [i for i in range(1, len(modules)) if modules[i] != modules[i - 1]]
 
 
 @pytest.mark.parametrize(("first", "later"), [("scale", "early_fault"), ("early_fault", "scale")])

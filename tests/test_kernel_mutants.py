@@ -737,7 +737,7 @@ MUTANTS = [
         ("split = job / a.heads", "split = 0"),
         ("job >= jobs", "job >= jobs - 1"),
         ("jobs + gridDim.x - 1", "jobs + gridDim.x"),
-        ("if (first) attend_jobs", "attend_jobs"),
+        ("if (first) {", "{"),
         ("if (!first) attend_jobs", "if (false) attend_jobs"),
         ("N * H * splits, taken + 1", "N * H * splits, taken"),
         ("n = head / a.pages.H, h = head % a.pages.H", "n = head % a.pages.H, h = head / a.pages.H"),

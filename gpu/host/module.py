@@ -198,10 +198,13 @@ class Recorded:
 
 
 def _in_pairs(launches: Sequence[Callable[[], None]], first: int) -> Iterator[Callable[[], None]]:
-    """From the first on two as one, the second of which begins before the first, where it can."""
+    """From the first on two as one, the second of which begins before the first, where it can.
+
+    Where it cannot both are alone, so that over two replays each launch that can begin early does.
+    """
     at = 0
     while at < len(launches):
-        second = launches[at + 1] if first <= at < len(launches) - 1 else None
+        second = launches[at + 1] if at % 2 == first and at < len(launches) - 1 else None
         if isinstance(second, HostLaunch) and second.can_precede(launches[at]):
             yield partial(second, launches[at])
             at += 2
