@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 import re
 import time
+import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -684,7 +685,9 @@ class CudaDevice(Device):
 
     def nccl(self) -> Any:
         try:
-            from cupy.cuda import nccl
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # CuPy's, of where to get it: what comes instead is as good
+                from cupy.cuda import nccl
         except ImportError as error:
             raise InputError("there is no NCCL that CuPy can load") from error
         if not nccl.available:

@@ -15,6 +15,12 @@ settings.register_profile("ci", dev, derandomize=True, database=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
 
 
+if os.environ.get("NEOX_TEST_DEVICE") == "stand-in":
+    import stand_in_cuda
+
+    stand_in_cuda.install()
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """An oracle that is not installed is a reason to skip, and never to pass."""
     if item.get_closest_marker("oracle"):

@@ -1,4 +1,7 @@
-"""On what the GPU tests run: the host device under many schedules, or a card if NEOX_TEST_DEVICE=cuda."""
+"""On what the GPU tests run: the host device under many schedules, or what NEOX_TEST_DEVICE says.
+
+That is "cuda", a card, or "stand-in": CuPy as on a card, but over the functions of stand_in_cuda.py.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import os
 from functools import cache
 
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -28,7 +32,14 @@ def card() -> Device:
 
 
 def on_a_card() -> bool:
-    return os.environ.get("NEOX_TEST_DEVICE") == "cuda"
+    """Or on what CuPy takes for one."""
+    return os.environ.get("NEOX_TEST_DEVICE") in ("cuda", "stand-in")
+
+
+# On a card they would change what other tests have there, such as the weights of a model that is kept.
+stopped_by_the_host = pytest.mark.skipif(
+    on_a_card(), reason="a wrong program writes where it should not: the host device stops it"
+)
 
 
 def all_devices() -> list[Device]:
@@ -38,8 +49,13 @@ def all_devices() -> list[Device]:
     return [host(order, seed) for order, seed in SCHEDULES]
 
 
+def a_device(schedule: int) -> Device:
+    """One of them: of a card there is no other schedule than its own."""
+    return all_devices()[schedule % len(all_devices())]
+
+
 def devices() -> st.SearchStrategy[Device]:
-    return st.sampled_from(range(len(SCHEDULES))).map(lambda i: all_devices()[i % len(all_devices())])
+    return st.sampled_from(range(len(SCHEDULES))).map(a_device)
 
 
 def error(actual: NDArray, exact: NDArray) -> float:

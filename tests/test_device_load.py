@@ -19,7 +19,6 @@ from neox.distributed import Alone, Communicator, DeviceShard, device_shard, for
 from neox.distributed.comm import AgreedError
 from neox.distributed.load import number_of_card
 from neox.distributed.sums import HostSums
-from neox.gpu.device import HostDevice
 from neox.reference import load as load_whole
 from neox.reference.checkpoint.tensors import named_tensors
 
@@ -82,7 +81,7 @@ def test_the_memory_of_a_rank_is_said_once_and_too_little_ends_all(tmp_path, cap
     folder = write_single(tmp_path, CONFIG, random_tensors(CONFIG))
     virtual(2, lambda comm: loaded(folder, comm))
     assert capsys.readouterr().err.count("weights: of each rank") == 1
-    monkeypatch.setattr(HostDevice, "_free_memory", lambda self: 1000)
+    monkeypatch.setattr(type(own_device(0)), "_free_memory", lambda self: 1000)
     with pytest.raises(AgreedError, match=r"the weights take .* more ranks would each hold less"):
         virtual(2, lambda comm: loaded(folder, comm))
 

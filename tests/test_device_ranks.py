@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from device_checks import CHECKS, CONFIG, forward, own_device, part, ranks_are_as_exact_as_one_device
-from devices import DTYPES
+from devices import DTYPES, stopped_by_the_host
 from gpu_models import assert_right, device_configs, drawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -132,6 +132,7 @@ MUTANTS = (
 )
 
 
+@stopped_by_the_host
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("wrong", MUTANTS, ids=lambda wrong: wrong.name)
 def test_the_wrong_program_fails(wrong: Mutant, monkeypatch: pytest.MonkeyPatch):

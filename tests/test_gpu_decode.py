@@ -9,7 +9,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from devices import DTYPES, ROUNDING, all_devices, devices, on_a_card
+from devices import DTYPES, ROUNDING, a_device, all_devices, devices, on_a_card
 from gpu_models import SMALL, assert_right, device_configs, drawn
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -137,7 +137,7 @@ def test_a_step_allocates_nothing_and_waits_for_nothing() -> None:
 
 @pytest.mark.parametrize("rows", [[0], [1], [2], [0, 2], [1, 2], [0, 1, 2]])
 def test_texts_that_go_on_are_not_touched_by_those_that_ended(rows) -> None:
-    device, texts = all_devices()[1], texts_of(SMALL, [5, 2, 9], 3)
+    device, texts = a_device(1), texts_of(SMALL, [5, 2, 9], 3)
     decoder = CachedDecoder(on_device(device, SMALL, "float32"))
     decoder.start(texts, 20)
     for step, kept in enumerate([[0, 1, 2], rows, range(len(rows)), [len(rows) - 1], [0]]):
@@ -241,7 +241,7 @@ def test_generation_is_the_references(sampling) -> None:
 
 def test_ids_that_the_device_takes_are_what_the_logits_say() -> None:
     """With ids that no token belongs to, and of texts that end at different steps."""
-    model = on_device(all_devices()[2], SMALL, "float16")
+    model = on_device(a_device(2), SMALL, "float16")
     allowed = np.arange(SMALL.vocab_size) % 3 > 0
     texts = texts_of(SMALL, [5, 2, 9], 0)
     greedy, full = SamplingDecoder(model, [GREEDY] * 3, allowed=allowed), CachedDecoder(model)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from devices import DTYPES, ROUNDING, all_devices, devices, error
+from devices import DTYPES, ROUNDING, all_devices, devices, error, stopped_by_the_host
 from gpu_models import SMALL, STEP, assert_right, device_configs, drawn, in_float64
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -191,6 +191,7 @@ WRONG_PROMPTS = [
 ]
 
 
+@stopped_by_the_host
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize(("function", "right", "wrong"), WRONG_PROMPTS)
 def test_a_wrong_prompt_is_noticed(function, right, wrong, dtype, monkeypatch) -> None:
@@ -206,6 +207,7 @@ def check_both_ways_up() -> None:
         check_prompt(replace(SMALL, num_hidden_layers=1, hidden_act=hidden_act), "float32")
 
 
+@stopped_by_the_host
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [

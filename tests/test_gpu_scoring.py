@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from closeness import assert_close
-from devices import all_devices
+from devices import all_devices, stopped_by_the_host
 from gpu_models import SMALL, drawn
 from hypothesis import given
 from hypothesis import strategies as st
@@ -130,6 +130,7 @@ MUTANTS = (
 )
 
 
+@stopped_by_the_host
 @pytest.mark.parametrize("wrong", MUTANTS, ids=lambda wrong: wrong.name)
 def test_wrong_rows_fail(wrong: Mutant, monkeypatch: pytest.MonkeyPatch):
     wrong.install(monkeypatch)
