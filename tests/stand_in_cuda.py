@@ -14,8 +14,11 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import math
 import os
+import re
 import runpy
+import struct
 import subprocess
 import sys
 import tempfile
@@ -364,18 +367,40 @@ PLAIN_SHARED_BYTES = 48 << 10  # that a kernel has without asking
 MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
 
 
+def sections(image: int) -> dict[str, bytes]:
+    """Of an ELF file in memory, by name."""
+    header, nothing_in_the_file = ctypes.string_at(image, 64), 8
+    assert header[:4] == b"\x7fELF", "no machine code"
+    start, size, count, names = *struct.unpack_from("<Q", header, 40), *struct.unpack_from("<HHH", header, 58)
+    found = [struct.unpack_from("<IIQQQQ", ctypes.string_at(image + start + i * size, size)) for i in range(count)]
+    contents = [b"" if s[1] == nothing_in_the_file else ctypes.string_at(image + s[4], s[5]) for s in found]
+    named = [contents[names][s[0] :].split(b"\0", 1)[0].decode() for s in found]
+    return dict(zip(named, contents, strict=True))
+
+
+def most_threads(module: dict[str, bytes], name: str) -> int:
+    """That a block of this kernel may have: its __launch_bounds__, as the compiler notes them."""
+    at, noted = 0, module[f".nv.info.{name}"]
+    while at < len(noted):
+        form, attribute, size = struct.unpack_from("<BBH", noted, at)
+        if (form, attribute) == (4, 5):  # EIFMT_SVAL, EIATTR_MAX_THREADS
+            return math.prod(struct.unpack_from("<3I", noted, at + 4))
+        at += 4 + (size if form == 4 else 0)
+    return 1024
+
+
 @dataclass
 class Function:
     """A kernel of a module, and its form on the host."""
 
+    threads: int
     shared_bytes: int = PLAIN_SHARED_BYTES
     kernel: HostKernel | None = None
 
 
 @stands_in(c_void_p, c_void_p)
 def cuModuleLoadData(module, image):
-    assert ctypes.string_at(image, 4) == b"\x7fELF", "no machine code"
-    store(module, c_void_p, card.new("module"))
+    store(module, c_void_p, card.new(sections(image)))
 
 
 @stands_in(c_void_p)
@@ -385,8 +410,7 @@ def cuModuleUnload(module):
 
 @stands_in(c_void_p, c_void_p, c_char_p)
 def cuModuleGetFunction(function, module, name):
-    assert card.handles[module] == "module"
-    store(function, c_void_p, card.new(Function()))
+    store(function, c_void_p, card.new(Function(most_threads(card.handles[module], name.decode()))))
 
 
 @stands_in(c_void_p, c_int, c_void_p)
@@ -403,7 +427,7 @@ def cuFuncSetAttribute(function, attribute, value):
 
 def launch(function, grid, block, shared_bytes, stream, values) -> None:
     made = card.handles[function]
-    fits = min(*grid, *block) > 0 and max(grid[1:]) < 1 << 16 and np.prod(block) <= 1024 and block[2] <= 64
+    fits = min(*grid, *block) > 0 and max(grid[1:]) < 1 << 16 and math.prod(block) <= made.threads and block[2] <= 64
     if not fits or shared_bytes > made.shared_bytes:
         raise Refused(INVALID_VALUE)
     dtypes = [np.dtype(np.uint64 if parameter.endswith("*") else parameter) for parameter in made.kernel.parameters]
@@ -481,7 +505,7 @@ class Columns:
         size = (self.leading * (columns - 1) + rows) * dtype.itemsize
         if not card.memory.holds(self.address, size):
             raise Refused(ILLEGAL_ADDRESS)
-        flat = np.frombuffer((ctypes.c_uint8 * size).from_address(self.address), np.uint8).view(dtype)
+        flat = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.address)).view(dtype)
         return np.lib.stride_tricks.as_strided(flat, (rows, columns), (dtype.itemsize, self.leading * dtype.itemsize))
 
     def factor(self, transposed: int, rows: int, columns: int) -> np.ndarray:
@@ -521,7 +545,7 @@ PAGE = 4096
 
 def jump(function: Any) -> bytes:
     """mov rax, address; jmp rax"""
-    return b"\x48\xb8" + ctypes.cast(function, c_void_p).value.to_bytes(8, "little") + b"\xff\xe0"
+    return b"\x48\xb8" + struct.pack("<Q", ctypes.cast(function, c_void_p).value) + b"\xff\xe0"
 
 
 def symbols(path: str, *flags: str) -> list[list[str]]:
@@ -533,7 +557,7 @@ def symbols(path: str, *flags: str) -> list[list[str]]:
 def overwrite(path: str) -> None:
     """Functions of a loaded library become jumps to those of the same name here; at the end of Python, to nothing."""
     with open("/proc/self/maps") as maps:
-        base = min(int(line.split("-")[0], 16) for line in maps if path in line)
+        base = min(int(line.split("-")[0], 16) for line in maps if os.path.realpath(path) in line)
     libc = ctypes.CDLL(None)
     libc.mprotect.argtypes = [c_void_p, c_size_t, c_int]
     for symbol in symbols(path):
@@ -547,19 +571,17 @@ def overwrite(path: str) -> None:
 def library(soname: str, present: dict[str, Any], absent: Iterable[str] = ()) -> None:
     """Loads one whose functions jump to those that are present, and say of the others that nobody supports them."""
     slots = list(present)
-    folder = Path(tempfile.mkdtemp())
-    atexit.register(lambda: [path.unlink() for path in folder.iterdir()] and folder.rmdir())
     jumps = [f'__asm__(".globl {n}\\n{n}: jmp *slots+{8 * i}(%rip)");' for i, n in enumerate(slots)]
     unsupported = [f"int {name}(void) {{ return 15; }}" for name in absent]
-    table = (
-        f'__attribute__((visibility("hidden"))) void *slots[{len(slots)}]; void **the_slots(void) {{ return slots; }}'
-    )
-    (folder / "jumps.c").write_text("\n".join([table, "int nothing(void) { return 0; }", *jumps, *unsupported]))
-    (folder / "versions").write_text(f"{soname} {{ global: *; }};")
-    named = f"-Wl,-soname,{soname},--version-script={folder / 'versions'}"
-    command = ["gcc", "-shared", "-fPIC", "-O1", named, "-o", folder / soname, folder / "jumps.c"]
-    subprocess.run(command, check=True)
-    loaded = ctypes.CDLL(str(folder / soname), ctypes.RTLD_GLOBAL)
+    table = f'__attribute__((visibility("hidden"))) void *slots[{len(slots)}];'
+    own = "void **the_slots(void) { return slots; } int nothing(void) { return 0; }"
+    with tempfile.TemporaryDirectory() as folder:
+        code, versions, made = (str(Path(folder, name)) for name in ("jumps.c", "versions", soname))
+        Path(code).write_text("\n".join([table, own, *jumps, *unsupported]))
+        Path(versions).write_text(f"{soname} {{ global: *; }};")
+        named = f"-Wl,-soname,{soname},--version-script={versions}"
+        subprocess.run(["gcc", "-shared", "-fPIC", "-O1", named, "-o", made, code], check=True)
+        loaded = ctypes.CDLL(made, ctypes.RTLD_GLOBAL)
     loaded.the_slots.restype = POINTER(c_void_p)
     table_of = loaded.the_slots()
     for i, function in enumerate(present.values()):
@@ -585,10 +607,7 @@ def install() -> None:
     import cupy_backends.cuda.api.runtime as runtime
 
     overwrite(runtime.__file__)
-    driver = {
-        name: f for name, f in functions.items() if name.startswith("cu") and not name.startswith(("cuda", "cublas"))
-    }
-    library("libcuda.so.1", driver)
+    library("libcuda.so.1", {name: function for name, function in functions.items() if re.match("cu[A-Z]", name)})
     _beside.library = beside_cublas()
     lt = {name: functions.get(name, getattr(_beside.library, name)) for name in cublas_lt.FUNCTIONS}
     library("libcublasLt.so.13", lt)
@@ -596,7 +615,7 @@ def install() -> None:
     (bindings,) = Path(runtime.__file__).parents[1].glob("libs/cublas.*.so")
     asked = {symbol[-1].split("@")[0] for symbol in symbols(str(bindings), "-D", "--undefined-only")}
     library("libcublas.so.13", blas, sorted({name for name in asked if name.startswith("cublas")} - set(blas)))
-    CudaDevice._compile = with_their_equals_on_the_host(CudaDevice._compile)  # type: ignore[method-assign]
+    CudaDevice._compile = with_their_equals_on_the_host(CudaDevice._compile)  # type: ignore[assignment,method-assign]
 
 
 def main() -> None:

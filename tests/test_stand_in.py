@@ -5,7 +5,10 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -350,6 +353,17 @@ def test_a_card_computes_what_it_should(name: str, tmp_path) -> None:
     run_check(name, tmp_path)
 
 
+@needs_stand_in
+@pytest.mark.parametrize("threads", [8, 9])
+def test_a_block_of_more_threads_than_a_kernel_is_made_for_is_refused(threads: int, tmp_path) -> None:
+    (tmp_path / "few.cu").write_text('extern "C" __global__ void __launch_bounds__(8) few(int* x) { *x = 1; }')
+    source, device = Source("few.cu", ("few",), tmp_path), CudaDevice()
+    x = device.zeros(1, I32)
+    with nullcontext() if threads == 8 else pytest.raises(RuntimeError, match="cudaErrorInvalidValue"):
+        device.launch(source, "few", 1, threads, (x,))
+    assert x.get() == (threads == 8)
+
+
 def wrong(check: str, function: str, right: str, put: str) -> Mutant:
     return Mutant(f"{function}: {right.strip()} -> {put.strip()}", check, CudaDevice, function, ((right, put),))
 
@@ -399,3 +413,29 @@ def test_a_wrong_card_is_noticed(mutant: Mutant, as_before, tmp_path, monkeypatc
     monkeypatch.setattr(CudaDevice, mutant.function, mutant.build())
     with pytest.raises((AssertionError, RuntimeError, ArithmeticError)):
         run_check(mutant.check, tmp_path)
+
+
+# Whole programs.
+
+TESTS = Path(__file__).resolve().parent
+
+
+def output(*program: str) -> str:
+    done = subprocess.run([sys.executable, *program], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@needs_stand_in
+def test_a_text_is_that_of_the_host_device() -> None:
+    asked = [str(TESTS.parent / "examples" / "generate.py"), "--backend", "gpu", "--prompt", "Once upon", "-n", "6"]
+    assert output(str(TESTS / "stand_in_cuda.py"), *asked) == output(*asked, "--device", "host")
+
+
+@needs_stand_in
+def test_the_benchmark_goes_through_all_of_it() -> None:
+    asked = [str(TESTS.parent / "examples" / "benchmark.py"), "--backend", "gpu", "--dry-run"]
+    printed = output(str(TESTS / "stand_in_cuda.py"), *asked)
+    assert "left out" not in printed
+    for row in ("read", "graph of 3 empty kernels", "decode, batch 1, context 5, overlapped launches", "sampling"):
+        assert f"| {row}" in printed
