@@ -21,8 +21,9 @@ from typing import Any
 from benchmark_gpu import Plan, drawn_model, place, plan_of, prompt_of
 from tqdm import tqdm
 
-from neox.gpu.decode import new_cache, new_step, prefill, run_step
+from neox.gpu.decode import new_cache, new_step, prefill, run_step, trial_of
 from neox.gpu.device import open_device
+from neox.gpu.launches import captured
 from neox.gpu.model import Model
 from neox.reference.checkpoint.tensors import EMBED_OUT, named_tensors
 from neox.reference.config import Config, config_to_dict
@@ -91,7 +92,7 @@ def our_steps(model: Model, ids: list[int], batch: int, capacity: int) -> Steps:
 
     begin()
     launches()
-    graph = model.device.capture(launches)
+    graph = captured(model.device, launches, trial_of(model, step))
 
     def steps(count: int) -> list[int]:
         begin()
