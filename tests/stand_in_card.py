@@ -288,7 +288,7 @@ class Card:
         if mark.stream.graph and not stream.graph:
             stream.graph, stream.joined = mark.stream.graph, False
         elif stream.graph and stream is stream.graph.origin:
-            mark.stream.joined = True
+            mark.stream.joined = [work for of, work in stream.graph.work if of is mark.stream][-1:] == [mark]
         self.put(stream, Wait(mark))
 
     def begin_capture(self, stream: Stream) -> None:

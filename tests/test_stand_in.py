@@ -178,6 +178,13 @@ def test_captures_that_cuda_refuses_are_refused(made) -> None:
         card.begin_capture(first)
     with refused(CAPTURE_INVALIDATED):
         card.end_capture(second)
+    early = card.mark(second)
+    card.put(second, log.work("after the mark"))
+    card.wait(first, early)
+    with refused(CAPTURE_UNJOINED):
+        card.end_capture(first)
+    card.begin_capture(first)
+    fork(*made)
     card.wait(first, card.mark(second))
     card.put(second, log.work("after the join"))
     with refused(CAPTURE_UNJOINED):
