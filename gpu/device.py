@@ -46,7 +46,7 @@ from neox.reference.errors import InputError
 
 LARGEST_BLOCK = 1024
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
-PLAIN_SHARED_BYTES = 48 * 1024  # more must be asked for, kernel by kernel
+PLAIN_SHARED_BYTES = 48 * 1024  # of a block, a kernel's own arrays among them; more must be asked for
 LARGEST_SHARED_BYTES = 227 * 1024  # of sm_90
 
 T = TypeVar("T")
@@ -745,8 +745,8 @@ class CudaDevice(Device):
         self, module: Any, kernel: str, grid: Size, block: Size, arguments: Sequence[Argument], shared_bytes: int
     ) -> None:
         function = module[kernel]
-        if shared_bytes > PLAIN_SHARED_BYTES:
-            function.max_dynamic_shared_size_bytes = shared_bytes
+        if shared_bytes:
+            self._make_room(function, shared_bytes)
         passed = tuple(
             np.uint64(getattr(a, "address", 0)) if a is None or isinstance(a, Array) else a for a in arguments
         )
@@ -756,6 +756,12 @@ class CudaDevice(Device):
         else:
             with self._stream:
                 function(grid, block, passed, shared_mem=shared_bytes)
+
+    def _make_room(self, function: Any, shared_bytes: int) -> None:
+        """All that there is, rather than what this launch needs: graphs may hold launches that need more."""
+        own = function.shared_size_bytes
+        if own + shared_bytes > PLAIN_SHARED_BYTES:
+            function.max_dynamic_shared_size_bytes = self.shared_bytes - own
 
     @property
     def _driver(self) -> Any:

@@ -363,24 +363,31 @@ def cudaGraphDestroy(graph):
 
 # Kernels.
 
-PLAIN_SHARED_BYTES = 48 << 10  # that a kernel has without asking
-MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # CUfunction_attribute
+PLAIN_SHARED_BYTES = 48 << 10  # of a block, unless more is asked for
+RESERVED_SHARED_BYTES = 1 << 10  # which the compiler counts to a kernel's own, and the driver does not
+SHARED_SIZE_BYTES, MAX_DYNAMIC_SHARED_SIZE_BYTES = 1, 8  # CUfunction_attribute
 
 
-def sections(image: int) -> dict[str, bytes]:
+@dataclass(frozen=True)
+class Section:
+    size: int
+    contents: bytes  # none, if it is memory that is not filled
+
+
+def sections(image: int) -> dict[str, Section]:
     """Of an ELF file in memory, by name."""
-    header, nothing_in_the_file = ctypes.string_at(image, 64), 8
+    header, not_filled = ctypes.string_at(image, 64), 8
     assert header[:4] == b"\x7fELF", "no machine code"
     start, size, count, names = *struct.unpack_from("<Q", header, 40), *struct.unpack_from("<HHH", header, 58)
     found = [struct.unpack_from("<IIQQQQ", ctypes.string_at(image + start + i * size, size)) for i in range(count)]
-    contents = [b"" if s[1] == nothing_in_the_file else ctypes.string_at(image + s[4], s[5]) for s in found]
-    named = [contents[names][s[0] :].split(b"\0", 1)[0].decode() for s in found]
-    return dict(zip(named, contents, strict=True))
+    made = [Section(s[5], b"" if s[1] == not_filled else ctypes.string_at(image + s[4], s[5])) for s in found]
+    named = [made[names].contents[s[0] :].split(b"\0", 1)[0].decode() for s in found]
+    return dict(zip(named, made, strict=True))
 
 
-def most_threads(module: dict[str, bytes], name: str) -> int:
+def most_threads(module: dict[str, Section], name: str) -> int:
     """That a block of this kernel may have: its __launch_bounds__, as the compiler notes them."""
-    at, noted = 0, module[f".nv.info.{name}"]
+    at, noted = 0, module[f".nv.info.{name}"].contents
     while at < len(noted):
         form, attribute, size = struct.unpack_from("<BBH", noted, at)
         if (form, attribute) == (4, 5):  # EIFMT_SVAL, EIATTR_MAX_THREADS
@@ -394,7 +401,8 @@ class Function:
     """A kernel of a module, and its form on the host."""
 
     threads: int
-    shared_bytes: int = PLAIN_SHARED_BYTES
+    own_shared_bytes: int  # of arrays whose size is known to the compiler
+    shared_bytes: int  # that a launch may add
     kernel: HostKernel | None = None
 
 
@@ -410,19 +418,25 @@ def cuModuleUnload(module):
 
 @stands_in(c_void_p, c_void_p, c_char_p)
 def cuModuleGetFunction(function, module, name):
-    store(function, c_void_p, card.new(Function(most_threads(card.handles[module], name.decode()))))
+    made, kernel = card.handles[module], name.decode()
+    shared = made.get(f".nv.shared.{kernel}")
+    own = shared.size - RESERVED_SHARED_BYTES if shared else 0
+    store(function, c_void_p, card.new(Function(most_threads(made, kernel), own, PLAIN_SHARED_BYTES - own)))
 
 
 @stands_in(c_void_p, c_int, c_void_p)
 def cuFuncGetAttribute(value, attribute, function):
-    store(value, c_int, 0)
+    made = card.handles[function]
+    known = {SHARED_SIZE_BYTES: made.own_shared_bytes, MAX_DYNAMIC_SHARED_SIZE_BYTES: made.shared_bytes}
+    store(value, c_int, known.get(attribute, 0))
 
 
 @stands_in(c_void_p, c_int, c_int)
 def cuFuncSetAttribute(function, attribute, value):
-    if attribute != MAX_DYNAMIC_SHARED_SIZE_BYTES or value > ATTRIBUTES[SHARED_BYTES_OPTIN]:
+    made = card.handles[function]
+    if attribute != MAX_DYNAMIC_SHARED_SIZE_BYTES or made.own_shared_bytes + value > ATTRIBUTES[SHARED_BYTES_OPTIN]:
         raise Refused(INVALID_VALUE)
-    card.handles[function].shared_bytes = value
+    made.shared_bytes = value
 
 
 def launch(function, grid, block, shared_bytes, stream, values) -> None:
