@@ -143,8 +143,8 @@ class SentSums:
 def _by_nccl(comm: Communicator, device: Device) -> Sums:
     """AgreedError if there is no NCCL, or no card."""
     nccl, stream = agreed(comm, lambda: (device.nccl(), device.stream))
-    meeting = comm.broadcast(nccl.get_unique_id() if comm.rank == 0 else None)
-    group = agreed(comm, lambda: _nccl_group(nccl, comm, meeting))
+    meeting = comm.broadcast(agreed(comm, lambda: _asked(nccl, nccl.get_unique_id) if comm.rank == 0 else None))
+    group = agreed(comm, lambda: _asked(nccl, nccl.NcclCommunicator, comm.ranks, meeting, comm.rank))
 
     def send(part: Array, parts: Array) -> None:
         group.allGather(part.address, parts.address, part.size, nccl.NCCL_FLOAT32, stream)
@@ -152,9 +152,9 @@ def _by_nccl(comm: Communicator, device: Device) -> Sums:
     return SentSums(comm, device, send, captured=True)
 
 
-def _nccl_group(nccl: Any, comm: Communicator, meeting: Any) -> Any:
+def _asked(nccl: Any, function: Callable[..., Any], *arguments: Any) -> Any:
     try:
-        return nccl.NcclCommunicator(comm.ranks, meeting, comm.rank)
+        return function(*arguments)
     except nccl.NcclError as error:  # two ranks on one card, for instance
         raise InputError(f"NCCL refuses: {error}") from error
 

@@ -245,7 +245,10 @@ class Device(ABC):
         return kept
 
     def share(self, size: int) -> tuple[Array, bytes]:
-        """Bytes that other processes can give to their kernels, and what they must be told to `attach` them."""
+        """Bytes that other processes can give to their kernels, and what they must be told to `attach` them.
+
+        InputError if the device's memory cannot be shared.
+        """
         self._refuse("an allocation")
         memory, address, handle = self._share(size)
         return Array(self, memory, address, (size,), np.dtype(np.uint8)), handle
@@ -703,7 +706,11 @@ class CudaDevice(Device):
         """Not of CuPy's pool: a handle means a whole allocation."""
         runtime = self._cupy.cuda.runtime
         address = runtime.malloc(size)
-        return self._borrowed(address, size, runtime.free), address, runtime.ipcGetMemHandle(address)
+        memory = self._borrowed(address, size, runtime.free)
+        try:
+            return memory, address, runtime.ipcGetMemHandle(address)
+        except runtime.CUDARuntimeError as error:  # some systems know no such handles
+            raise InputError(f"the memory of this card cannot be shared: {error}") from error
 
     def _attach(self, handle: bytes, size: int) -> tuple[Any, int]:
         runtime = self._cupy.cuda.runtime

@@ -127,6 +127,13 @@ def test_nccl_that_refuses_one_rank_is_no_way_for_any(monkeypatch: pytest.Monkey
         virtual(RANKS, lambda comm: choose_sums(comm, WithNccl(), "nccl"))
 
 
+def test_nccl_that_cannot_begin_is_no_way(monkeypatch: pytest.MonkeyPatch):
+    """Rank 0 alone asks for the name of the group."""
+    monkeypatch.setattr(Nccl, "get_unique_id", lambda self: 1 / 0)
+    with pytest.raises(AgreedError, match="rank 0 of 3: NCCL refuses: division by zero"):
+        virtual(RANKS, lambda comm: choose_sums(comm, WithNccl(), "nccl"))
+
+
 # MPI and the memory of cards.
 
 

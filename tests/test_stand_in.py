@@ -28,6 +28,7 @@ from stand_in_card import (
     CAPTURE_UNJOINED,
     CAPTURE_UNSUPPORTED,
     ILLEGAL_ADDRESS,
+    INVALID_HANDLE,
     INVALID_VALUE,
     NOT_READY,
     OUT_OF_MEMORY,
@@ -45,6 +46,7 @@ from neox.gpu import ops
 from neox.gpu.decode import CachedDecoder
 from neox.gpu.device import CudaDevice, Device
 from neox.gpu.source import KERNELS, Source
+from neox.reference.errors import InputError
 
 F32, I32 = np.float32, np.int32
 
@@ -383,6 +385,23 @@ def test_a_kernels_own_shared_memory_is_what_the_compiler_says(source: Source) -
     found = CudaDevice()._compile(source)
     for kernel, taken in usage(source, "90").items():
         assert found[kernel].shared_size_bytes == taken.shared_bytes
+
+
+@needs_stand_in
+def test_memory_that_cannot_be_shared_is_one_clear_line(monkeypatch) -> None:
+    device = CudaDevice()
+    device.share(100)
+    with pytest.raises(InputError, match="the memory of another card cannot be reached: cudaErrorInvalidValue"):
+        device.attach(device.share(100)[1], 100)  # its own
+    monkeypatch.setattr(Memory, "handle", lambda *_: refuse())
+    used = stand_in_cuda.card.memory.used()
+    with pytest.raises(InputError, match="the memory of this card cannot be shared: cudaErrorInvalidResourceHandle"):
+        device.share(100)
+    assert stand_in_cuda.card.memory.used() == used
+
+
+def refuse() -> None:
+    raise Refused(INVALID_HANDLE)
 
 
 def wrong(check: str, function: str, right: str, put: str) -> Mutant:
