@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,11 +13,23 @@ from numpy.typing import NDArray
 from neox.gpu import cublas, cublas_lt
 from neox.gpu import device as device_module
 from neox.gpu.device import dtype_named
+from neox.gpu.host.build import compiler
 
 HANDLE, STREAM = 77, 0x57E4000
 DTYPES = {0: "float32", 2: "float16", 14: "bfloat16"}  # of library_types.h
 DISALLOW_REDUCED_PRECISION_REDUCTION = 16
 COMPUTE_32F = 68
+
+
+def compiled_cublas_lt(path: Path) -> ctypes.CDLL:
+    """cublas_lt.cpp, as a library of this name."""
+    source = Path(__file__).with_name("cublas_lt.cpp")
+    command = [compiler()[0], "-std=c++17", "-O1", "-Wall", "-shared", "-fPIC", str(source), "-o", str(path)]
+    subprocess.run(command, check=True, capture_output=True)
+    library = ctypes.CDLL(str(path))
+    for name, types in cublas_lt.FUNCTIONS.items():
+        getattr(library, name).argtypes = types
+    return library
 
 
 def number(address: int) -> float:

@@ -32,6 +32,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from cards import DTYPES, compiled_cublas_lt
 from stand_in_card import (
     CAPACITY,
     ILLEGAL_ADDRESS,
@@ -50,7 +51,6 @@ from stand_in_card import (
 from neox.gpu import cublas_lt
 from neox.gpu.device import CudaDevice, HostDevice, dtype_named
 from neox.gpu.driver import PROGRAMMATIC_STREAM_SERIALIZATION, Config
-from neox.gpu.host.build import compiler
 from neox.gpu.host.module import HostKernel
 from neox.gpu.source import Source
 
@@ -478,8 +478,6 @@ def with_their_equals_on_the_host(compile: Callable[[CudaDevice, Source], Any]) 
 
 # cuBLAS.
 
-DTYPES = {0: "float32", 2: "float16", 14: "bfloat16"}  # cudaDataType
-
 
 @dataclass
 class Blas:
@@ -603,26 +601,14 @@ def library(soname: str, present: dict[str, Any], absent: Iterable[str] = ()) ->
         atexit.register(table_of.__setitem__, i, ctypes.cast(loaded.nothing, c_void_p))
 
 
-def beside_cublas() -> Any:
-    """cublas_lt.cpp, compiled."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "cublas_lt.so"
-        source = Path(__file__).with_name("cublas_lt.cpp")
-        command = [compiler()[0], "-std=c++17", "-O1", "-shared", "-fPIC", str(source), "-o", str(path)]
-        subprocess.run(command, check=True)
-        made = ctypes.CDLL(str(path))
-    for name, types in cublas_lt.FUNCTIONS.items():
-        getattr(made, name).argtypes = types
-    return made
-
-
 def install() -> None:
     """Once, before CuPy is asked for anything."""
     import cupy_backends.cuda.api.runtime as runtime
 
     overwrite(runtime.__file__)
     library("libcuda.so.1", {name: function for name, function in functions.items() if re.match("cu[A-Z]", name)})
-    _beside.library = beside_cublas()
+    with tempfile.TemporaryDirectory() as folder:
+        _beside.library = compiled_cublas_lt(Path(folder, "cublas_lt.so"))
     lt = {name: functions.get(name, getattr(_beside.library, name)) for name in cublas_lt.FUNCTIONS}
     library("libcublasLt.so.13", lt)
     blas = {name: f for name, f in functions.items() if name.startswith("cublas") and name not in lt}

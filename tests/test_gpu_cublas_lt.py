@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import math
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
-from cards import STREAM, a_card
+from cards import STREAM, a_card, compiled_cublas_lt
 from devices import DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,21 +21,13 @@ from neox.gpu import cublas_lt
 from neox.gpu import device as device_module
 from neox.gpu.cublas import Matrix
 from neox.gpu.device import Array, dtype_named
-from neox.gpu.host.build import compiler
 
-SOURCE = Path(__file__).with_name("cublas_lt.cpp")
 SUCCESS, NOT_SUPPORTED = 0, 15
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> ctypes.CDLL:
-    path = tmp_path_factory.mktemp("cublas_lt") / "libcublasLt.so.13"
-    command = [compiler()[0], "-std=c++17", "-O1", "-Wall", "-shared", "-fPIC", str(SOURCE), "-o", str(path)]
-    subprocess.run(command, check=True, capture_output=True)
-    library = ctypes.CDLL(str(path))
-    for name, types in cublas_lt.FUNCTIONS.items():
-        getattr(library, name).argtypes = types
-    return library
+    return compiled_cublas_lt(tmp_path_factory.mktemp("cublas_lt") / "libcublasLt.so.13")
 
 
 @pytest.fixture
